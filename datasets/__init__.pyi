@@ -1,0 +1,1 @@
+from copernicus.datasets.api import *

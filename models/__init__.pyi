@@ -1,0 +1,1 @@
+from copernicus.models.api import *
