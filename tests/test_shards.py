@@ -1,0 +1,242 @@
+"""The published shard format: names by worked examples, files read back with tarfile and torch alone."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from copernicus.datasets import shards
+from copernicus.datasets.sensors import InputError
+from copernicus.datasets.shards import Grid
+
+
+def make_grid(index: int = 200599, seed: int = 0) -> Grid:
+    rng = np.random.default_rng(seed)
+    name = shards.grid_name(index)
+    lon, lat = shards.grid_center(index)
+    patch = shards.patch_name(0, lon + 0.01, lat - 0.02)
+    dates = ["20210105", "20210404", "20210702", "20211001"]
+    return Grid(
+        shards.grid_key(index),
+        {
+            "s1_grd": rng.normal(size=(1, 4, 2, 6, 6)).astype(np.float32),
+            "s2_toa": rng.integers(0, 9000, (1, 4, 13, 6, 6)).astype(np.int16),
+            "s5p_no2": rng.normal(size=(4, 1, 5, 5)).astype(np.float32),
+            "dem": rng.normal(size=(9, 9)).astype(np.float32),
+        },
+        {
+            "s1_grd": [[f"{name}/{patch}/{date}" for date in dates]],
+            "s2_toa": [[f"{name}/{patch}/{date}" for date in dates]],
+            "s5p_no2": [f"{name}/{date}" for date in dates],
+            "dem": [name],
+        },
+    )
+
+
+def test_grid_number_of_the_published_example():
+    assert shards.grid_index(-70.25, -55.25) == 200599
+    assert shards.grid_key(200599) == "0200599"
+    assert shards.grid_name(200599) == "0200599_-70.25_-55.25"
+
+
+@pytest.mark.parametrize(("lon", "lat"), [(-180, -90), (179.75, 90), (0, 0), (12.5, 47.25)])
+def test_grid_number_and_coordinates_are_inverse(lon, lat):
+    index = shards.grid_index(lon, lat)
+    assert index == round((lat + 90) / 0.25) * 1440 + round((lon + 180) / 0.25)
+    assert shards.grid_center(index) == (lon, lat)
+
+
+def test_the_date_line_is_one_column():
+    assert shards.grid_index(180, 10) == shards.grid_index(-180, 10)
+
+
+@pytest.mark.parametrize("index", [-1, 721 * 1440])
+def test_grid_off_the_globe(index):
+    with pytest.raises(InputError, match="no grid"):
+        shards.grid_center(index)
+
+
+def test_image_names():
+    patch = shards.parse_image_name("0200599_-70.25_-55.25/3_-70.3012_-55.1/20210301")
+    assert patch == ("0200599_-70.25_-55.25", -70.3012, -55.1, 18687.0)  # 2021-03-01
+    wrapped = shards.parse_image_name([["0200599_-70.25_-55.25/19700102"]])
+    assert wrapped == ("0200599_-70.25_-55.25", -70.25, -55.25, 1.0)
+    assert np.isnan(shards.parse_image_name(["0200599_-70.25_-55.25"]).days)
+    assert shards.date_string(18687) == "20210301"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "0200599", "0200599_-70.25_-55.25/20211301", ["a", "b"], 3, "a_1_2/b_1_2/c_1_2/20210101"]
+)
+def test_bad_image_names(name):
+    with pytest.raises(InputError):
+        shards.parse_image_name(name)
+
+
+def test_round_trip_with_plain_tools(tmp_path):
+    grid = make_grid()
+    (path,) = shards.write_shards([grid], tmp_path / "new" / "folder")
+    assert path.name == "example-000000.tar"
+    with tarfile.open(path) as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}
+    assert set(files) == {f"0200599.{m}" for m in ("s1_grd.pth", "s2_toa.pth", "s5p_no2.pth", "dem.pth", "json")}
+    for sensor, array in grid.arrays.items():
+        payload = files[f"0200599.{sensor}.pth"]
+        tensor = torch.load(io.BytesIO(payload), weights_only=True)
+        assert tensor.numpy().dtype == array.dtype
+        np.testing.assert_array_equal(tensor.numpy(), array)
+        with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+            assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+        assert array.tobytes() in payload  # contiguous at one offset
+    names = json.loads(files["0200599.json"])
+    assert names["s1_grd"][0][2] == ["0200599_-70.25_-55.25/0_-70.2400_-55.2700/20210702"]
+    assert names["s5p_no2"][3] == ["0200599_-70.25_-55.25/20211001"]
+    assert names["dem"] == [["0200599_-70.25_-55.25"]]
+
+
+def test_a_view_does_not_drag_its_base_along(tmp_path):
+    grid = make_grid()
+    grid.arrays = {"dem": np.zeros((500, 500), np.float32)[:10, :10]}
+    grid.images = {"dem": grid.images["dem"]}
+    (path,) = shards.write_shards([grid], tmp_path)
+    assert path.stat().st_size < 50_000
+
+
+def test_shards_are_cut_and_reported(tmp_path):
+    grids = [make_grid(1000 + i, i) for i in range(7)]
+    seen: list[int] = []
+    paths = shards.write_shards(iter(grids), tmp_path, grids_per_shard=3, progress=seen.append)
+    assert [p.name for p in paths] == [f"example-00000{i}.tar" for i in range(3)]
+    assert seen == [3, 6, 7]
+    assert [list(shards.list_members(p)[0]) for p in paths] == [
+        ["0001000", "0001001", "0001002"],
+        ["0001003", "0001004", "0001005"],
+        ["0001006"],
+    ]
+
+
+def test_same_grids_same_bytes_other_grids_other_bytes(tmp_path):
+    first, second, other = (
+        shards.write_shards([make_grid(seed=seed)], tmp_path / name)[0].read_bytes()
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first == second
+    assert first != other
+
+
+def test_an_interrupted_writer_leaves_no_half_shard(tmp_path):
+    def grids():
+        yield make_grid(1)
+        yield make_grid(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.write_shards(grids(), tmp_path, grids_per_shard=2)
+    # The first shard was whole before the interrupt; of the second nothing is left.
+    assert [p.name for p in tmp_path.iterdir()] == ["example-000000.tar"]
+    with pytest.raises(KeyboardInterrupt):
+        shards.write_shards(grids(), tmp_path / "other", grids_per_shard=3)
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def spoil(what: str) -> Grid:
+    grid = make_grid()
+    if what == "key":
+        grid.key = "599"
+    elif what == "dtype":
+        grid.arrays["s2_toa"] = grid.arrays["s2_toa"].astype(np.int32)
+    elif what == "bands":
+        grid.arrays["s1_grd"] = grid.arrays["s1_grd"][:, :, :1]
+    elif what == "sensor":
+        grid.arrays["s9"], grid.images["s9"] = grid.arrays["dem"], grid.images["dem"]
+    elif what == "names":
+        grid.images["s2_toa"] = grid.images["s2_toa"][0]
+    elif what == "nameless":
+        del grid.images["dem"]
+    return grid
+
+
+@pytest.mark.parametrize("what", ["key", "dtype", "bands", "sensor", "names", "nameless"])
+def test_a_grid_that_is_not_as_published_is_refused(what, tmp_path):
+    with pytest.raises(InputError, match=r"grid '(0200599|599)'"):
+        shards.write_shards([spoil(what)], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_list_members_gives_the_payloads(tmp_path):
+    grid = make_grid()
+    (path,) = shards.write_shards([grid, make_grid(7)], tmp_path)
+    members, problems = shards.list_members(path)
+    assert problems == []
+    raw = path.read_bytes()
+    with tarfile.open(path) as tar:
+        expected = {member.name: tar.extractfile(member).read() for member in tar}
+    found = {
+        f"{key}.{extension}": raw[offset : offset + size]
+        for key, extensions in members.items()
+        for extension, (offset, size) in extensions.items()
+    }
+    assert found == expected
+
+
+def test_every_truncation_is_reported_and_what_is_whole_is_kept(tmp_path):
+    (path,) = shards.write_shards([make_grid(), make_grid(7)], tmp_path)
+    raw = path.read_bytes()
+    whole, _ = shards.list_members(path)
+    last = max(offset + size for extensions in whole.values() for offset, size in extensions.values())
+    cut = tmp_path / "cut.tar"
+    for length in [0, 100, 512, 600, 1024, last // 3, last // 2, last - 1, last]:
+        cut.write_bytes(raw[:length])
+        members, problems = shards.list_members(cut)
+        assert len(problems) == 1, length
+        assert "cut.tar" in problems[0]
+        kept = {(k, e) for k, extensions in members.items() for e in extensions}
+        expected = {(k, e) for k, es in whole.items() for e, (offset, size) in es.items() if offset + size <= length}
+        assert kept == expected, length
+
+
+def test_a_damaged_header_is_reported(tmp_path):
+    (path,) = shards.write_shards([make_grid(), make_grid(7)], tmp_path)
+    members, _ = shards.list_members(path)
+    offset, _ = members["0000007"]["s1_grd.pth"]
+    raw = bytearray(path.read_bytes())
+    raw[offset - 512 : offset - 412] = b"\xff" * 100
+    path.write_bytes(bytes(raw))
+    kept, problems = shards.list_members(path)
+    assert "damaged header" in problems[0]
+    assert list(kept["0200599"]) == list(members["0200599"])
+
+
+def test_list_members_of_what_is_no_tar(tmp_path):
+    text = tmp_path / "text.tar"
+    text.write_text("not a tar at all, " * 100)
+    members, problems = shards.list_members(text)
+    assert members == {}
+    assert "text.tar" in problems[0]
+    with pytest.raises(InputError, match=r"missing\.tar"):
+        shards.list_members(tmp_path / "missing.tar")
+
+
+def test_expand_shards(tmp_path):
+    paths = [str(p) for p in shards.write_shards([make_grid(i) for i in range(4)], tmp_path, grids_per_shard=1)]
+    assert shards.expand_shards(str(tmp_path)) == paths
+    assert shards.expand_shards(f"{tmp_path}/example-{{000001..000002}}.tar") == paths[1:3]
+    assert shards.expand_shards(f"{tmp_path}/example-*.tar") == paths
+    assert shards.expand_shards([paths[3], paths[0]]) == [paths[3], paths[0]]
+
+
+def test_expand_shards_names_what_is_missing(tmp_path):
+    shards.write_shards([make_grid()], tmp_path)
+    (tmp_path / "empty").mkdir()
+    for spec, message in [
+        (f"{tmp_path}/example-{{000000..000001}}.tar", "example-000001.tar does not exist"),
+        (f"{tmp_path}/empty", "empty holds no shards"),
+        (f"{tmp_path}/x*.tar", "no shard matches"),
+        ([f"{tmp_path}/example-000000.tar"] * 2, "named twice"),
+        ([], "no shards"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            shards.expand_shards(spec)
