@@ -1,0 +1,64 @@
+"""Which grid is drawn when, and with what randomness: pure functions of the seed, so that any number of workers, and any
+restart, meets the same samples in the same global order."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def generator(*key: int | str) -> np.random.Generator:
+    """A random generator that depends on its key alone, e.g. ``generator("crop", seed, epoch, grid_key, "s2_toa")``."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, draw: int, size: int) -> np.ndarray:
+    """The order of ``size`` grids in one pass over them."""
+    return generator("order", seed, epoch, draw).permutation(size)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The global order of training samples: every epoch passes ``draws_per_grid`` times over all grids, each time in a
+    new order. Position p of the stream is a fixed (epoch, draw, grid), whoever reads it."""
+
+    grids: int
+    seed: int = 0
+    epochs: int = 1
+    draws_per_grid: int = 1
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.grids * self.draws_per_grid
+
+    @property
+    def samples(self) -> int:
+        return self.samples_per_epoch * self.epochs
+
+    def steps(self, batch_size: int) -> int:
+        """Global batches in all epochs; the last one may be smaller."""
+        return -(-self.samples // batch_size)
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """Position in the stream -> (epoch, draw, grid index)."""
+        assert 0 <= position < self.samples, position
+        passes, offset = divmod(position, self.grids)
+        epoch, draw = divmod(passes, self.draws_per_grid)
+        return epoch, draw, int(permutation(self.seed, epoch, draw, self.grids)[offset])
+
+    def local_positions(self, rank: int, world_size: int, batch_size: int, start_step: int = 0) -> np.ndarray:
+        """Positions that a rank reads from ``start_step`` on, in order: its contiguous share of every global batch.
+
+        Each global batch is padded with -1 (no sample) up to a multiple of ``world_size``, so that all ranks take
+        equally many steps of equal shape.
+        """
+        share = -(-batch_size // world_size)
+        steps = np.arange(start_step, self.steps(batch_size))[:, None]
+        within = rank * share + np.arange(share)[None, :]
+        positions = steps * batch_size + within
+        return np.where((within < batch_size) & (positions < self.samples), positions, -1).reshape(-1)
