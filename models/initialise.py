@@ -34,13 +34,15 @@ def fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, skip: Container[str] = ()) -> None:
-    """Fill a model's parameters, but those named in skip, as masked autoencoders do (arXiv 2111.06377, A.1).
+    """Fill a model's parameters, but those named in skip; allocate on the CPU what lies on the meta device.
 
-    Linear weights are Xavier-uniform (Glorot and Bengio 2010), biases 0, norms 1 and 0, tokens normal with std 0.02.
-    The layer that generates kernels is wider than Xavier would have it: its output is a weight, not an activation, and
-    Xavier's would be 60 times too small for the image to show beside the position table (cf. Chang et al. 2020,
-    "Principled weight initialization for hypernetworks"). The published run starts from a trained generator instead.
+    As masked autoencoders do (arXiv 2111.06377, A.1), Linear weights are Xavier-uniform (Glorot and Bengio 2010),
+    biases 0, norms 1 and 0, tokens normal with std 0.02. The layer that generates kernels is wider than Xavier would
+    have it: its output is a weight, not an activation, and Xavier's would be 60 times too small for the image to show
+    beside the position table (cf. Chang et al. 2020, "Principled weight initialization for hypernetworks"). The
+    published run starts from a trained generator instead.
     """
+    module._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
     for name, parameter in module.named_parameters():
         if name in skip:
             continue

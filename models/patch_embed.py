@@ -123,6 +123,27 @@ class PatchEmbed(nn.Module):
         return F.conv2d(x_BCHW, kernel_CpqD.permute(3, 0, 1, 2), bias_D, stride=patch_kernel, padding=1)
 
 
+class PatchPredictor(nn.Module):
+    """Decoder tokens -> pixels, by a Linear layer generated from the channels' codes.
+
+    The published decoder puts out values ordered (channel, row, column) while its targets are ordered (row, column,
+    channel); with several channels it pairs them wrongly, and differently for each draw of channels. ``published``
+    keeps that; otherwise values come ordered as the targets are.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight_generator = WeightGenerator(dim)
+
+    def forward(self, z_BLD: Tensor, code_CK: Tensor, patch_kernel: int, published: bool) -> Tensor:
+        """Tokens (B, L, D) -> values (B, L, k*k*C), of one patch each."""
+        kernel_CPD, _ = self.weight_generator(code_CK)
+        size = (patch_kernel, patch_kernel)
+        kernel_CPD = KERNEL_SCALE * resize_kernel(kernel_CPD, (GENERATED_KERNEL, GENERATED_KERNEL), size)
+        ordered = kernel_CPD if published else kernel_CPD.transpose(0, 1)
+        return F.linear(z_BLD, ordered.reshape(-1, kernel_CPD.shape[-1]))
+
+
 class SpectralPatchEmbed(PatchEmbed):
     """For sensors whose bands have wavelengths and bandwidths."""
 

@@ -168,7 +168,7 @@ class CopernicusFMViT(nn.Module):
         self.cartesian = cartesian
         self.language = language if language is not None else LanguageTable()
         grid = image_size // patch_size
-        with torch.device("meta"):  # allocate below, without drawing from the global random state
+        with torch.device("meta"):  # layers fill themselves from the global random state; initialise() does not
             self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid**2, embed_dim), requires_grad=False)
             self.coord_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -186,7 +186,6 @@ class CopernicusFMViT(nn.Module):
             else:
                 self.norm = norm
             self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.to_empty(device="cpu")
         initialise(self, seed)
         with torch.no_grad():
             self.pos_embed.copy_(sincos_table(embed_dim, grid))
@@ -208,11 +207,17 @@ class CopernicusFMViT(nn.Module):
         code_CK = embed.code(sensor)
         return embed(x_BCHW, code_CK, patch_kernel), code_CK
 
-    def position_and_metadata(self, metadata_B4: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What is added to every token, the class token's first: (B, T, D)."""
-        tokens = (self.coord_token, self.scale_token, self.time_token)
+    def embed(
+        self, x_BCHW: Tensor, metadata_B4: Tensor, sensor: Sensor, patch_kernel: int | None
+    ) -> tuple[Tensor, tuple[int, int], Tensor]:
+        """What enters the first block: tokens (B, T, D), the class token first; their grid; the channels' codes."""
+        tokens_BDhw, code_CK = self.patch_tokens(x_BCHW, sensor, patch_kernel)
+        grid = (tokens_BDhw.shape[2], tokens_BDhw.shape[3])
+        unknown = (self.coord_token, self.scale_token, self.time_token)
         layers = (self.coord_fc, self.scale_fc, self.time_fc)
-        return resize_table(self.pos_embed, grid) + embed_metadata(metadata_B4, tokens, layers, self.cartesian)
+        added_BTD = resize_table(self.pos_embed, grid) + embed_metadata(metadata_B4, unknown, layers, self.cartesian)
+        patches_BLD = tokens_BDhw.flatten(2).transpose(1, 2) + added_BTD[:, 1:]
+        return torch.cat([self.cls_token + added_BTD[:, :1], patches_BLD], dim=1), grid, code_CK
 
     def forward_tokens(
         self,
@@ -224,12 +229,7 @@ class CopernicusFMViT(nn.Module):
         levels: Sequence[int] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         """Tokens (B, T, D) after the last block, un-normed; patch tokens (B, D, h, w) after each block in levels."""
-        metadata_B4 = check_metadata(metadata, x_BCHW.shape[0])
-        tokens_BDhw, _ = self.patch_tokens(x_BCHW, sensor, patch_kernel)
-        grid = (tokens_BDhw.shape[2], tokens_BDhw.shape[3])
-        added_BTD = self.position_and_metadata(metadata_B4, grid)
-        patches_BLD = tokens_BDhw.flatten(2).transpose(1, 2) + added_BTD[:, 1:]
-        z_BTD = torch.cat([self.cls_token + added_BTD[:, :1], patches_BLD], dim=1)
+        z_BTD, grid, _ = self.embed(x_BCHW, check_metadata(metadata, x_BCHW.shape[0]), sensor, patch_kernel)
         taken: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             z_BTD = block(z_BTD)
