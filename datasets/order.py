@@ -51,14 +51,20 @@ class Order:
         epoch, draw = divmod(passes, self.draws_per_grid)
         return epoch, draw, int(permutation(self.seed, epoch, draw, self.grids)[offset])
 
-    def local_positions(self, rank: int, world_size: int, batch_size: int, start_step: int = 0) -> np.ndarray:
-        """Positions that a rank reads from ``start_step`` on, in order: its contiguous share of every global batch.
+    def share(self, batch_size: int, world_size: int) -> int:
+        """Samples of a global batch that each of ``world_size`` ranks takes, padding included."""
+        return -(-batch_size // world_size)
 
-        Each global batch is padded with -1 (no sample) up to a multiple of ``world_size``, so that all ranks take
-        equally many steps of equal shape.
+    def positions(
+        self, local: np.ndarray, rank: int, world_size: int, batch_size: int, start_step: int = 0
+    ) -> np.ndarray:
+        """A rank's local sample numbers (0, 1, ... from ``start_step`` on) -> positions in the stream.
+
+        Each rank takes its contiguous share of every global batch. Batches are padded with -1 (no sample) up to a
+        multiple of ``world_size``, so that all ranks take equally many steps of equal shape.
         """
-        share = -(-batch_size // world_size)
-        steps = np.arange(start_step, self.steps(batch_size))[:, None]
-        within = rank * share + np.arange(share)[None, :]
-        positions = steps * batch_size + within
-        return np.where((within < batch_size) & (positions < self.samples), positions, -1).reshape(-1)
+        share = self.share(batch_size, world_size)
+        steps, within = np.divmod(np.asarray(local), share)
+        within = within + rank * share
+        positions = (steps + start_step) * batch_size + within
+        return np.where((within < batch_size) & (positions < self.samples), positions, -1)

@@ -101,11 +101,13 @@ def index_shards(shards: str | Sequence[str], sensors: Sequence[str]) -> GridInd
 class Draw:
     """One training sample.
 
-    images: sensor -> (C, size, size) float32, normalised, zeros where absent. present: (S,) bool. metadata: (S, M).
+    images: sensor -> (C, size, size) float32, normalised, zeros where absent. noise: sensor -> (L,) float32 in 0-1, from
+    which masking takes the tokens to keep. present: (S,) bool. metadata: (S, M) float32.
     """
 
     key: str
     images: dict[str, np.ndarray]
+    noise: dict[str, np.ndarray]
     present: np.ndarray
     metadata: np.ndarray
     problems: list[Problem] = field(default_factory=list)
@@ -113,7 +115,8 @@ class Draw:
 
 @dataclass(frozen=True)
 class DrawReader:
-    """Reads draws of fixed shape. ``sizes``: sensor -> side of the square the model sees, pixels.
+    """Reads draws of fixed shape. ``sizes``: sensor -> side of the square the model sees, pixels. ``metadata_drop``: the
+    probability with which place, time and area are each made unknown, per sensor and draw.
 
     Raises:
         InputError: a size that is not a multiple of the sensor's patch kernel.
@@ -123,6 +126,7 @@ class DrawReader:
     sizes: Mapping[str, int]
     seed: int = 0
     augment: bool = True
+    metadata_drop: float = 0.0
 
     def __post_init__(self) -> None:
         for sensor in self.sensors:
@@ -136,7 +140,8 @@ class DrawReader:
         """A sample with no sensor: the padding of a last batch, and what remains of a grid that cannot be read."""
         images = {s.name: np.zeros((s.channels, self.sizes[s.name], self.sizes[s.name]), np.float32) for s in self.sensors}
         count = len(self.sensors)
-        return Draw(key, images, np.zeros(count, bool), np.full((count, 4), np.nan, np.float32))
+        noise = {s.name: np.zeros((self.sizes[s.name] // s.patch_kernel) ** 2, np.float32) for s in self.sensors}
+        return Draw(key, images, noise, np.zeros(count, bool), np.full((count, 4), np.nan, np.float32))
 
     def read(self, grid: GridEntry, epoch: int, draw: int = 0) -> Draw:
         """Read one draw of a grid; its randomness is keyed by (seed, epoch, draw, grid)."""
@@ -181,6 +186,12 @@ class DrawReader:
             sample.images[sensor.name] = image
             sample.present[index] = True
             sample.metadata[index] = row
+            if self.augment:
+                unknown = rng.random(3) < self.metadata_drop  # place, time, area
+                sample.metadata[index, np.repeat(unknown, (2, 1, 1))] = np.nan
+            tokens = len(sample.noise[sensor.name])
+            mask_rng = generator("mask", self.seed, epoch, draw, grid.key, sensor.name)
+            sample.noise[sensor.name] = mask_rng.random(tokens, dtype=np.float32)
         return sample
 
     def _choose(self, array: torch.Tensor, sensor: Sensor, patch: float, rng: np.random.Generator) -> tuple[int, ...]:
@@ -250,8 +261,10 @@ def image_metadata(names: Any, at: Sequence[int]) -> tuple[float, float, float]:
 
 
 def collate(draws: Sequence[Draw], sensors: Sequence[Sensor]) -> dict[str, np.ndarray]:
-    """Columns of a batch of B draws: x_<sensor> (B, C, H, W), present (B, S), metadata (B, S, M), key, problems (JSON)."""
+    """Columns of a batch of B draws: x_<sensor> (B, C, H, W), noise_<sensor> (B, L), present (B, S), metadata (B, S, M),
+    key, problems (JSON)."""
     columns = {f"x_{s.name}": np.stack([d.images[s.name] for d in draws]) for s in sensors}
+    columns |= {f"noise_{s.name}": np.stack([d.noise[s.name] for d in draws]) for s in sensors}
     columns["present"] = np.stack([d.present for d in draws])
     columns["metadata"] = np.stack([d.metadata for d in draws])
     columns["key"] = np.array([d.key for d in draws])

@@ -1,0 +1,162 @@
+"""The ``copernicus`` command. Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Experiments with the Copernicus Earth-observation foundation model, on Ray.",
+)
+data = typer.Typer(no_args_is_help=True, help="Make, convert and inspect data.")
+app.add_typer(data, name="data")
+
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="Overrides, as in pretrain.epochs=5.", metavar="[KEY=VALUE]...")]
+Yaml = Annotated[Path, typer.Argument(help="The experiment YAML.", metavar="EXPERIMENT.yaml")]
+
+
+def console() -> Console:
+    # Off a terminal a fixed width keeps tables and links whole in logs.
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+@app.command()
+def run(
+    experiment: Yaml,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Start anew; earlier results are kept aside.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Show Ray's own log.")] = False,
+) -> None:
+    """Run an experiment here, or on the Ray cluster that RAY_ADDRESS names. The same command resumes it."""
+    from copernicus.platform.experiment import load_experiment
+
+    loaded = load_experiment(experiment, overrides or [])
+    from copernicus.platform.run import run_experiment
+
+    run_experiment(loaded, console(), fresh=fresh, verbose=verbose)
+
+
+@app.command()
+def check(
+    experiments: Annotated[list[str], typer.Argument(help="Experiment YAMLs, then overrides.", metavar="EXPERIMENT.yaml...")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not print the resolved experiments.")] = False,
+) -> None:
+    """Validate experiments and print them resolved; run nothing."""
+    from copernicus.platform.experiment import ExperimentError, load_experiment
+
+    overrides = [e for e in experiments if "=" in e and not Path(e).exists()]
+    files = [e for e in experiments if e not in overrides]
+    failed = 0
+    out = console()
+    for file in files:
+        try:
+            loaded = load_experiment(file, overrides)
+        except ExperimentError as error:
+            _complain(str(error))
+            failed += 1
+            continue
+        if not quiet:
+            out.print(loaded.to_yaml(), markup=False, highlight=False, end="")
+        out.print(f"[green]ok[/] {file} ({loaded.kind}, {loaded.fingerprint})")
+    if failed:
+        raise typer.Exit(2)
+
+
+@app.command()
+def leaderboard(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished sweeps, such as runs/quickstart-1a2b3c4d.")],
+) -> None:
+    """Print the leaderboard of finished sweeps, together where several are given."""
+    from copernicus.platform.leaderboard import Leaderboard
+    from copernicus.platform.run import read_leaderboard
+
+    scores = tuple(score for folder in folders for score in read_leaderboard(folder).scores)
+    console().print(Leaderboard(scores).table())
+
+
+@app.command()
+def ui(
+    uri: Annotated[str, typer.Option(help="The MLflow store.")] = "sqlite:///mlflow.db",
+    port: Annotated[int, typer.Option(help="Port on loopback.")] = 5000,
+) -> None:
+    """Open the MLflow store's web page at http://127.0.0.1:5000 (Ctrl-C ends it)."""
+    from copernicus.platform.tracking import serve
+
+    console().print(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)")
+    code = serve(uri, port)
+    raise typer.Exit(0 if code in (0, -15, -2) else 1)
+
+
+@data.command()
+def miniature(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    grids: Annotated[int, typer.Option(help="Pretraining grids.", min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Another seed, another planet.")] = 0,
+    scale: Annotated[str, typer.Option(help="small (small arrays) or full (published sizes).")] = "small",
+) -> None:
+    """Make a small procedural planet: pretraining shards and four benchmark tasks in the published formats."""
+    from copernicus.datasets.sensors import InputError
+    from copernicus.platform.experiment import Miniature
+    from copernicus.platform.run import make_miniature
+
+    if scale not in ("small", "full"):
+        raise InputError(f"--scale: no {scale!r}; valid choices: small, full")
+    make_miniature(Miniature(str(out), grids, seed, scale), console())
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(message)}", highlight=False)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def main() -> None:
+    """Entry point: turns what goes wrong into one plain message and an exit code."""
+    from copernicus.datasets.sensors import InputError
+
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        _complain(str(error))
+        code = 2
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command goes on where it stopped")
+        code = 130
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        code = _failed(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _failed(error: Exception) -> int:
+    import click
+
+    if isinstance(error, click.ClickException):  # a wrong option or argument
+        error.show()
+        return 2
+    from copernicus.platform.pretrain import PretrainFailed
+    from copernicus.platform.sweep import SweepFailed
+
+    if isinstance(error, (PretrainFailed, SweepFailed)):
+        _complain(f"{error}. The same command goes on from the last checkpoint")
+        return 1
+    Console(stderr=True).print_exception(max_frames=12)
+    _complain(f"{type(error).__name__}: {error}. The same command goes on where it stopped")
+    return 1
+
+
+if __name__ == "__main__":
+    main()

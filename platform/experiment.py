@@ -1,0 +1,413 @@
+"""The experiment YAML: its schema as frozen dataclasses, and loading, overriding and validating it.
+
+Every error is one line that names the file, the path in it and the valid choices (`ExperimentError`), found before
+anything is created.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from copernicus.datasets.bench import TASKS
+from copernicus.datasets.sensors import SENSORS, InputError
+from copernicus.models.zoo import ZOO
+
+# Optional[...] rather than `| None` below: OmegaConf reads these annotations on Python 3.10 too.
+# ruff: noqa: UP045
+
+
+class ExperimentError(InputError):
+    """The experiment YAML (or an override) is wrong."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where runs are recorded. ``uri``: an MLflow store or server."""
+
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "copernicus"
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """A miniature Earth to make first: shards under ``out``/pretrain, benchmark tasks under ``out``/bench."""
+
+    out: str = "runs/miniature"
+    grids: int = 256
+    seed: int = 0
+    scale: str = "small"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A name of the model zoo; the other keys, where given, replace the named model's sizes."""
+
+    name: str = "copernicus_fm_base"
+    embed_dim: Optional[int] = None
+    depth: Optional[int] = None
+    num_heads: Optional[int] = None
+    decoder_embed_dim: Optional[int] = None
+    decoder_depth: Optional[int] = None
+    decoder_num_heads: Optional[int] = None
+
+    def encoder_overrides(self) -> dict[str, int]:
+        return {k: v for k in ("embed_dim", "depth", "num_heads") if (v := getattr(self, k)) is not None}
+
+    def overrides(self) -> dict[str, int]:
+        return {
+            f.name: v for f in dataclasses.fields(self) if f.name != "name" and (v := getattr(self, f.name)) is not None
+        }
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Masked-autoencoder pretraining. Learning rate as published: ``blr`` * batch_size / 256 after the warm-up."""
+
+    shards: list[str] = field(default_factory=list)
+    model: Model = field(default_factory=Model)
+    sensors: list[str] = field(default_factory=lambda: list(SENSORS))
+    image_size: dict[str, int] = field(default_factory=dict)
+    epochs: int = 100
+    draws_per_grid: int = 1
+    batch_size: int = 256
+    blr: float = 1.5e-4
+    min_lr: float = 0.0
+    warmup_epochs: float = 10.0
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    clip_grad_norm: Optional[float] = None
+    mask_ratio: float = 0.7
+    norm_pix_loss: bool = True
+    channel_fraction: list[float] = field(default_factory=lambda: [0.75, 1.0])
+    metadata_drop: float = 0.1
+    val_fraction: float = 0.05
+    val_every: int = 1
+    workers: int = 2
+    cpus_per_worker: float = 0.5
+    gpus_per_worker: float = 0.0
+    data_cpus: float = 1.0
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 2
+    max_failures: int = 3
+    max_skipped: float = 0.05
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What a sweep compares. ``weights``: none (random), pretrain (made by this experiment), a file, or hf://...;
+    ``model``: as in pretrain; left out, it is the model that this experiment pretrains."""
+
+    weights: str = "none"
+    model: Optional[Model] = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Space:
+    """Values that a search draws: ``low``-``high`` (log-uniform unless ``log: false``), or one of ``values``."""
+
+    low: Optional[float] = None
+    high: Optional[float] = None
+    log: bool = True
+    values: Optional[list[float]] = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Tasks x encoders: a search in each cell, then ``seeds`` repetitions of its best setting."""
+
+    data: str = ""
+    tasks: list[str] = field(default_factory=list)
+    encoders: dict[str, Encoder] = field(default_factory=dict)
+    search: dict[str, Space] = field(default_factory=dict)
+    searcher: str = "optuna"
+    trials: int = 8
+    seeds: int = 3
+    epochs: int = 50
+    batch_size: Optional[int] = None
+    image_size: dict[str, int] = field(default_factory=dict)
+    preset: str = "default"
+    cache: str = "runs/features"
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float = 0.0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment. ``kind`` says what runs: pretrain, sweep, or pipeline (every section given, in this order)."""
+
+    name: str = "experiment"
+    kind: str = "pipeline"
+    seed: int = 0
+    output: str = "runs"
+    tracking: Tracking = field(default_factory=Tracking)
+    miniature: Optional[Miniature] = None
+    pretrain: Optional[Pretrain] = None
+    sweep: Optional[Sweep] = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight hex digits of what determines the results (not of where they are kept or recorded)."""
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("tracking", "output")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def folder(self) -> Path:
+        """Where this experiment keeps checkpoints and results: the same settings find the same folder, and resume."""
+        return Path(self.output).absolute() / f"{self.name}-{self.fingerprint}"
+
+    def parameters(self) -> dict[str, Any]:
+        """The resolved experiment, flattened: ``pretrain.lr`` -> value."""
+        return dict(_flatten(dataclasses.asdict(self)))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(_without_none(dataclasses.asdict(self)), sort_keys=False)
+
+
+SECTIONS = {"pretrain": ("pretrain",), "sweep": ("sweep",), "pipeline": ()}
+NESTED = {"encoders": Encoder, "search": Space}
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read, override (``section.key=value``), resolve and validate an experiment.
+
+    Raises:
+        ExperimentError: anything wrong with the file, a key, a type or a value; or a file it names does not exist.
+    """
+    source = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise ExperimentError(f"{source}: {reason}; give the path of an experiment YAML (see experiments/)") from None
+    try:
+        given = OmegaConf.create(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ExperimentError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except OmegaConfBaseException as error:
+        raise ExperimentError(f"{source}: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(given):
+        raise ExperimentError(f"{source}: an experiment is a mapping of keys to values, not {type(given).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise ExperimentError(f"override {override!r}: write key=value, as in pretrain.epochs=5")
+        try:
+            OmegaConf.update(given, key.strip(), yaml.safe_load(value), force_add=True)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ExperimentError(f"override {override!r}: {_first_line(error)}") from None
+    try:
+        plain = OmegaConf.to_container(given, resolve=True)
+    except (InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException) as error:
+        raise ExperimentError(f"{source}: {_full_key(error)}{_first_line(error)}") from None
+    assert isinstance(plain, dict)
+    _check_keys(plain, Experiment, "", source)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.create(plain))
+        experiment = OmegaConf.to_object(merged)
+    except (ConfigKeyError, ConfigAttributeError, OmegaConfBaseException) as error:
+        raise ExperimentError(f"{source}: {_full_key(error)}{_first_line(error)}") from None
+    assert isinstance(experiment, Experiment)
+    _validate(experiment, source)
+    return experiment
+
+
+def _check_keys(given: Mapping[Any, Any], schema: type, path: str, source: str) -> None:
+    """Unknown keys, said with the path and the valid keys (OmegaConf's own error names neither well)."""
+    fields = typing.get_type_hints(schema)
+    for key, value in given.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ExperimentError(f"{source}: {where}: unknown key; {hint}valid keys: {', '.join(fields)}")
+        nested = _dataclass_of(fields[key])
+        if nested is not None:
+            if isinstance(value, Mapping):
+                _check_keys(value, nested, where, source)
+            elif value is not None:
+                valid = ", ".join(f.name for f in dataclasses.fields(nested))
+                raise ExperimentError(f"{source}: {where}: must be a section with the keys {valid}, not {value!r}")
+        elif key in NESTED and isinstance(value, Mapping):
+            for name, inner in value.items():
+                if inner is None or not isinstance(inner, Mapping):
+                    valid = ", ".join(f.name for f in dataclasses.fields(NESTED[key]))
+                    raise ExperimentError(
+                        f"{source}: {where}.{name}: must be a section with the keys {valid}, not {inner!r}"
+                    )
+                _check_keys(inner, NESTED[key], f"{where}.{name}", source)
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    options = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
+    return next((o for o in options if dataclasses.is_dataclass(o) and isinstance(o, type)), None)
+
+
+def _validate(e: Experiment, source: str) -> None:
+    def wrong(path: str, message: str) -> ExperimentError:
+        return ExperimentError(f"{source}: {path}: {message}")
+
+    def choice(path: str, value: str, valid: Sequence[str]) -> None:
+        if value not in valid:
+            close = difflib.get_close_matches(value, valid, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise wrong(path, f"no {value!r}; {hint}valid choices: {', '.join(valid)}")
+
+    def positive(path: str, value: float | None, zero: bool = False) -> None:
+        if value is not None and not (value > 0 or (zero and value == 0)):
+            raise wrong(path, f"must be {'at least 0' if zero else 'positive'}, it is {value}")
+
+    def fraction(path: str, value: float) -> None:
+        if not 0 <= value < 1:
+            raise wrong(path, f"must be at least 0 and below 1, it is {value}")
+
+    choice("kind", e.kind, tuple(SECTIONS))
+    if not e.name or set(e.name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
+        raise wrong("name", f"use letters, digits, '.', '_' and '-' only, it is {e.name!r}")
+    sections = {"pretrain": e.pretrain, "sweep": e.sweep}
+    for section in SECTIONS[e.kind]:
+        if sections[section] is None:
+            raise wrong(section, f"missing: an experiment of kind {e.kind} needs this section")
+    if e.kind == "pipeline" and e.pretrain is None and e.sweep is None:
+        raise wrong("kind", "a pipeline needs at least one of the sections pretrain, sweep")
+
+    made: list[Path] = []
+    if e.miniature:
+        choice("miniature.scale", e.miniature.scale, ("small", "full"))
+        positive("miniature.grids", e.miniature.grids)
+        made = [Path(e.miniature.out).absolute()]
+
+    def exists(path: str, value: str) -> None:
+        here = Path(value).absolute()
+        if not any(here == m or m in here.parents for m in made) and not here.exists():
+            raise wrong(path, f"no such file or folder: {value}")
+
+    def model(path: str, value: Model) -> None:
+        choice(f"{path}.name", value.name, tuple(n for n in ZOO if not n.endswith("_mae")))
+        for key, number in value.overrides().items():
+            positive(f"{path}.{key}", number)
+
+    if (p := e.pretrain) is not None:
+        if not p.shards:
+            raise wrong("pretrain.shards", "missing: give shard files, folders or brace patterns")
+        for shards in p.shards:
+            literal = shards.split("{")[0].split("*")[0]
+            exists("pretrain.shards", shards if literal == shards else str(Path(literal + "x").parent))
+        model("pretrain.model", p.model)
+        if not p.sensors:
+            raise wrong("pretrain.sensors", f"empty; valid choices: {', '.join(SENSORS)}")
+        for i, sensor in enumerate(p.sensors):
+            choice(f"pretrain.sensors[{i}]", sensor, tuple(SENSORS))
+        for sensor, size in p.image_size.items():
+            choice(f"pretrain.image_size.{sensor}", sensor, tuple(SENSORS))
+            kernel = SENSORS[sensor].patch_kernel
+            if size <= 0 or size % kernel:
+                raise wrong(
+                    f"pretrain.image_size.{sensor}",
+                    f"must be a positive multiple of the patch kernel {kernel}, it is {size}",
+                )
+        for key in ("epochs", "draws_per_grid", "batch_size", "blr", "workers", "cpus_per_worker", "data_cpus", "val_every",
+                    "checkpoint_every", "keep_checkpoints", "clip_grad_norm"):  # fmt: skip
+            positive(f"pretrain.{key}", getattr(p, key))
+        for key in ("warmup_epochs", "weight_decay", "gpus_per_worker", "min_lr", "max_failures"):
+            positive(f"pretrain.{key}", getattr(p, key), zero=True)
+        for key in ("mask_ratio", "metadata_drop", "val_fraction"):
+            fraction(f"pretrain.{key}", getattr(p, key))
+        if not 0 <= p.max_skipped <= 1:
+            raise wrong("pretrain.max_skipped", f"must be a share between 0 and 1, it is {p.max_skipped}")
+        if p.workers > p.batch_size:
+            raise wrong("pretrain.workers", f"{p.workers} workers cannot share a global batch of {p.batch_size}")
+        if len(p.betas) != 2 or not all(0 <= b < 1 for b in p.betas):
+            raise wrong("pretrain.betas", f"must be two numbers from 0 to 1, it is {p.betas}")
+        low_high = p.channel_fraction
+        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= 1:
+            raise wrong("pretrain.channel_fraction", f"must be [low, high] with 0 < low <= high <= 1, it is {low_high}")
+
+    if (s := e.sweep) is not None:
+        if not s.data:
+            raise wrong("sweep.data", "missing: give the folder that holds the benchmark's task folders")
+        exists("sweep.data", s.data)
+        if not s.tasks:
+            raise wrong("sweep.tasks", f"empty; valid choices: {', '.join(TASKS)}")
+        for i, task in enumerate(s.tasks):
+            choice(f"sweep.tasks[{i}]", task, tuple(TASKS))
+        for task in s.image_size:
+            choice(f"sweep.image_size.{task}", task, tuple(TASKS))
+        if not s.encoders:
+            raise wrong("sweep.encoders", "empty: name at least one encoder, as in {random: {weights: none}}")
+        for name, encoder in s.encoders.items():
+            here = f"sweep.encoders.{name}"
+            if encoder.model is not None:
+                model(f"{here}.model", encoder.model)
+            elif e.pretrain is None:
+                raise wrong(f"{here}.model", "missing: this experiment pretrains no model to take")
+            if encoder.weights == "pretrain":
+                if e.pretrain is None:
+                    raise wrong(
+                        f"{here}.weights", "this experiment has no pretrain section; give a file, hf://... or none"
+                    )
+            elif encoder.weights != "none" and not encoder.weights.startswith("hf://"):
+                exists(f"{here}.weights", encoder.weights)
+        for name, space in s.search.items():
+            here = f"sweep.search.{name}"
+            choice(here, name, ("lr", "weight_decay", "batch_size", "epochs"))
+            ranged = space.low is not None and space.high is not None
+            if ranged == bool(space.values):
+                raise wrong(here, "give either low and high, or values")
+            if ranged and not (space.low < space.high and (space.low > 0 or not space.log)):  # type: ignore[operator]
+                raise wrong(here, f"needs low < high (and low > 0 when log), it is {space.low} to {space.high}")
+        choice("sweep.searcher", s.searcher, ("optuna", "random", "grid"))
+        if s.searcher == "grid" and any(not space.values for space in s.search.values()):
+            raise wrong("sweep.searcher", "grid needs values (not low and high) for everything it searches")
+        choice("sweep.preset", s.preset, ("default", "published"))
+        for key in ("trials", "seeds", "epochs", "batch_size", "cpus_per_trial"):
+            positive(f"sweep.{key}", getattr(s, key))
+        positive("sweep.gpus_per_trial", s.gpus_per_trial, zero=True)
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif tree is not None:
+        yield prefix, tree
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {k: _without_none(v) for k, v in tree.items() if v is not None}
+    return tree
+
+
+def _full_key(error: Exception) -> str:
+    key = getattr(error, "full_key", None)
+    return f"{key}: " if key else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(getattr(error, "msg", None) or error).strip().splitlines()[0]

@@ -1,0 +1,512 @@
+"""Masked-autoencoder pretraining on Ray Train: the driver, and the loop that each worker runs, read top to bottom.
+
+Shapes: B rows of this rank's share, C channels, S sensors, L tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from copernicus.datasets.order import Order, generator
+from copernicus.datasets.sensors import SENSORS, InputError, Sensor
+from copernicus.datasets.slices import DrawReader, GridIndex, Problem, collate, index_shards
+from copernicus.models.zoo import create_model
+from copernicus.platform.experiment import Pretrain
+
+CHECKPOINT_FILE = "checkpoint.pt"
+
+
+class PretrainFailed(RuntimeError):
+    """The run cannot go on; the message says why and how to resume."""
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """``checkpoint``: the file to give to `load_weights`. ``skipped``: everything in the data that was not used."""
+
+    checkpoint: Path
+    steps: int
+    samples: int
+    metrics: dict[str, float]
+    skipped: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every worker needs to know, and nothing that differs between them."""
+
+    settings: Pretrain
+    seed: int
+    order: Order
+    sensors: tuple[Sensor, ...]
+    sizes: dict[str, int]
+    problems: tuple[Problem, ...]  # found while indexing
+    grids_seen: int  # usable or not
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.order.samples_per_epoch / self.settings.batch_size
+
+    def reader(self, augment: bool) -> DrawReader:
+        drop = self.settings.metadata_drop if augment else 0.0
+        return DrawReader(self.sensors, self.sizes, self.seed, augment, drop)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to ``min_lr``, set at every step (arXiv 2503.11849)."""
+        s = self.settings
+        peak, epoch = s.blr * s.batch_size / 256, step / self.steps_per_epoch
+        if epoch < s.warmup_epochs:
+            return peak * epoch / s.warmup_epochs
+        progress = (epoch - s.warmup_epochs) / max(s.epochs - s.warmup_epochs, 1e-9)
+        return s.min_lr + (peak - s.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    def channels(self, step: int, sensor: Sensor) -> list[int] | None:
+        """The channels that this step trains on: 75-100 % of a many-band sensor's, the same on every rank."""
+        if sensor.channels < 3:
+            return None
+        low, high = self.settings.channel_fraction
+        rng = generator("channels", self.seed, step, sensor.name)
+        count = int(rng.integers(math.ceil(low * sensor.channels), math.floor(high * sensor.channels) + 1))
+        return sorted(rng.permutation(sensor.channels)[:count].tolist())
+
+
+class PerRowLoss(torch.nn.Module):
+    """The autoencoder as one module for DDP: a batch -> the loss of every row and sensor, (B, S).
+
+    Every sensor runs in every step, absent rows as zeros that get no weight in the loss: so all ranks touch the same
+    parameters, whichever sensors their grids have.
+    """
+
+    def __init__(self, autoencoder: torch.nn.Module, sensors: tuple[Sensor, ...]):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.sensors = sensors
+
+    def forward(self, batch: dict[str, torch.Tensor], channels: dict[str, list[int] | None]) -> torch.Tensor:
+        losses = []
+        for index, sensor in enumerate(self.sensors):
+            result = self.autoencoder.forward_sensor(  # type: ignore[operator]
+                batch[f"x_{sensor.name}"],
+                sensor,
+                batch["metadata"][:, index],
+                batch[f"noise_{sensor.name}"],
+                channels=channels.get(sensor.name),
+            )
+            losses.append(result.loss_B)
+        return torch.stack(losses, dim=1)
+
+
+def weigh(loss_BS: torch.Tensor, present_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over rows of the mean over the sensors that the row has, and the number of rows that have any."""
+    present = present_BS.to(loss_BS.dtype)
+    rows = (loss_BS * present).sum(1) / present.sum(1).clamp(min=1)
+    return rows.sum(), (present.sum(1) > 0).sum()
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and tokens, none for biases, norms and other 1-d parameters."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    assert sum(len(g["params"]) for g in groups) == len(trained), "a parameter escaped the optimiser"
+    return groups
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What one rank does."""
+    import ray
+    import ray.train
+    import torch.distributed as dist
+
+    from copernicus.platform.stream import batches
+
+    plan: Plan = config["plan"]
+    settings, mailbox = plan.settings, config["mailbox"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    device = ray.train.torch.get_device()
+    held_out: GridIndex = ray.get(config["held_out"])
+
+    autoencoder = build_autoencoder(plan)
+    loss_module = PerRowLoss(autoencoder, plan.sensors)
+    freeze_unreached(loss_module, plan)
+    model = ray.train.torch.prepare_model(loss_module)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(loss_module, settings.weight_decay), betas=tuple(settings.betas), lr=0.0, fused=True
+    )
+
+    step, problems = 0, {str(p): p for p in plan.problems}
+    if (found := ray.train.get_checkpoint()) is not None:
+        with found.as_directory() as folder:
+            saved = torch.load(Path(folder) / CHECKPOINT_FILE, map_location=device, weights_only=True)
+        autoencoder.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+        problems |= {str(p): p for p in (Problem(*fields) for fields in saved["problems"])}
+
+    steps = plan.order.steps(settings.batch_size)
+    evaluation = _Evaluation(plan, held_out, rank, world_size, device)
+    if step == 0:
+        _post(mailbox, rank, 0, evaluation(model))
+    started, first_step = time.monotonic(), step
+    stream = batches(
+        config["index"], plan.order, plan.reader(augment=True), settings.batch_size, rank, world_size, step,
+        settings.data_cpus,
+    )  # fmt: skip
+    for columns in stream:
+        batch = _to_device(columns, device)
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate(step)
+        loss_BS = model(batch, {s.name: plan.channels(step, s) for s in plan.sensors})
+        total, rows = weigh(loss_BS, batch["present"])
+
+        # One reduction carries what every rank must agree on: rows, loss, per-sensor losses, new problems.
+        new = [p for p in _problems(columns) if str(p) not in problems]
+        present = batch["present"].to(loss_BS.dtype)
+        facts = torch.cat([
+            torch.stack([rows.to(total.dtype), total.detach(), total.new_tensor(len(new))]),
+            (loss_BS.detach() * present).sum(0),
+            present.sum(0),
+        ])  # fmt: skip
+        if world_size > 1:
+            dist.all_reduce(facts)
+        global_rows = facts[0].clamp(min=1)
+
+        optimizer.zero_grad(set_to_none=True)
+        # DDP averages over ranks; this makes the average the mean over the global batch's rows.
+        (total * (world_size / global_rows)).backward()
+        if settings.clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(loss_module.parameters(), settings.clip_grad_norm)
+        optimizer.step()
+        step += 1
+
+        if facts[2] > 0:
+            for problem in _gather(new, world_size):
+                problems.setdefault(str(problem), problem)
+        share = len({_grid_of(p) for p in problems.values()}) / plan.grids_seen
+        sums, counts = facts[3 : 3 + len(plan.sensors)], facts[3 + len(plan.sensors) :]
+        metrics = {"train/loss": (facts[1] / global_rows).item(), "train/lr": plan.learning_rate(step - 1)}
+        metrics |= {
+            f"train/loss_{s.name}": (sums[i] / counts[i]).item() for i, s in enumerate(plan.sensors) if counts[i] > 0
+        }
+        metrics["train/samples_seen"] = min(step * settings.batch_size, plan.order.samples)
+        metrics["train/epoch"] = metrics["train/samples_seen"] / plan.order.samples_per_epoch
+        metrics["train/samples_per_s"] = (step - first_step) * settings.batch_size / (time.monotonic() - started)
+        metrics |= skipped_metrics(problems.values(), share)
+        if not math.isfinite(metrics["train/loss"]):
+            message = (
+                f"the loss became {metrics['train/loss']} at step {step}; lower pretrain.blr or set clip_grad_norm"
+            )
+            ray.train.report({"failed": message})
+            return
+        if share > settings.max_skipped:
+            _post(mailbox, rank, step, metrics)
+            ray.train.report({"failed": too_many_skipped(list(problems.values()), share, settings.max_skipped)})
+            return
+
+        last = step == steps
+        epoch_ends = [n for n in range(1, settings.epochs + 1) if _step_of_epoch(plan, n) == step]
+        if last or any(n % settings.val_every == 0 for n in epoch_ends):
+            metrics |= evaluation(model)
+        _post(mailbox, rank, step, metrics)
+        if last or any(n % settings.checkpoint_every == 0 for n in epoch_ends):
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint = None
+                if rank == 0:
+                    state = {
+                        "model": autoencoder.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "step": step,
+                        "samples_seen": int(metrics["train/samples_seen"]),
+                        "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
+                    }
+                    torch.save(state, Path(folder) / CHECKPOINT_FILE)
+                    checkpoint = ray.train.Checkpoint.from_directory(folder)
+                ray.train.report({"step": step, **metrics}, checkpoint=checkpoint)
+
+
+def build_autoencoder(plan: Plan) -> torch.nn.Module:
+    """The model that the plan's settings describe, its initial weights drawn from the experiment's seed."""
+    settings = plan.settings
+    return create_model(
+        f"{settings.model.name}_mae",
+        seed=plan.seed,
+        mask_ratio=settings.mask_ratio,
+        norm_pix_loss=settings.norm_pix_loss,
+        **settings.model.overrides(),
+    )
+
+
+def freeze_unreached(loss_module: PerRowLoss, plan: Plan) -> None:
+    """Freeze parameters that no sensor of this run reaches (such as a hypernetwork for variables when none is trained):
+    DDP would wait for their gradients."""
+    empty = collate([plan.reader(augment=False).empty()], plan.sensors)
+    loss_module(_to_device(empty, torch.device("cpu")), {}).sum().backward()
+    for parameter in loss_module.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
+class _Evaluation:
+    """The loss on held-out grids: centre crops, all channels, masks keyed by the grid, so that epochs compare."""
+
+    def __init__(self, plan: Plan, held_out: GridIndex, rank: int, world_size: int, device: torch.device):
+        self.plan, self.device, self.world_size = plan, device, world_size
+        self.grids = held_out.grids[rank::world_size]
+        self.any = bool(held_out.grids)
+
+    @torch.no_grad()
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        if not self.any:
+            return {}
+        module = model.module if hasattr(model, "module") else model  # ranks may hold unequally many batches
+        sensors, reader = self.plan.sensors, self.plan.reader(augment=False)
+        facts = torch.zeros(2 * len(sensors) + 2, dtype=torch.float64, device=self.device)
+        size = self.plan.order.share(self.plan.settings.batch_size, self.world_size)
+        for start in range(0, len(self.grids), size):
+            draws = [reader.read(grid, epoch=-1) for grid in self.grids[start : start + size]]
+            batch = _to_device(collate(draws, sensors), self.device)
+            loss_BS = module(batch, {})
+            present = batch["present"].to(loss_BS.dtype)
+            total, rows = weigh(loss_BS, batch["present"])
+            facts += torch.cat([(loss_BS * present).sum(0), present.sum(0), torch.stack([total, rows])]).double()
+        if self.world_size > 1:
+            torch.distributed.all_reduce(facts)
+        sums, counts = facts[: len(sensors)], facts[len(sensors) : 2 * len(sensors)]
+        metrics = {f"val/loss_{s.name}": (sums[i] / counts[i]).item() for i, s in enumerate(sensors) if counts[i] > 0}
+        if facts[-1] > 0:
+            metrics["val/loss"] = (facts[-2] / facts[-1]).item()
+        return metrics
+
+
+def skipped_metrics(problems: Any, share: float) -> dict[str, float]:
+    counts = Counter(p.reason for p in problems)
+    metrics = {f"data/skipped_{reason}": float(n) for reason, n in counts.items()}
+    return {"data/skipped_total": float(sum(counts.values())), "data/skipped_share": share, **metrics}
+
+
+def too_many_skipped(problems: list[Problem], share: float, limit: float) -> str:
+    shown = "; ".join(str(p) for p in problems[:5])
+    return (
+        f"{share:.1%} of the grids could not be used in full, above pretrain.max_skipped={limit:.1%}. "
+        f"{len(problems)} problems, the first: {shown}. Repair the shards or raise the limit"
+    )
+
+
+def pretrain(
+    settings: Pretrain,
+    seed: int,
+    folder: Path,
+    on_metrics: Callable[[int, dict[str, float]], None],
+    on_progress: Callable[[int, int, dict[str, float]], None],
+    on_plan: Callable[[Plan, GridIndex, GridIndex], None] = lambda plan, train, held_out: None,
+) -> PretrainResult:
+    """Pretrain, or go on from the last checkpoint under ``folder``.
+
+    ``on_metrics(step, metrics)`` receives each step's figures once per attempt, in order; ``on_progress(step, steps,
+    metrics)`` the latest of them for display. Both are called on a thread of this process.
+
+    Raises:
+        InputError: shards or sizes that do not fit, or a cluster too small.
+        PretrainFailed: too much of the data is unusable, the loss diverged, or workers kept failing.
+    """
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    index = index_shards(settings.shards, settings.sensors)
+    train, held_out = index.split(settings.val_fraction, seed)
+    if not train.grids:
+        raise InputError(f"pretrain.val_fraction: holds out all {len(index.grids)} grids; lower it")
+    bad = len({_grid_of(p) for p in index.problems})
+    sensors = tuple(SENSORS[name] for name in settings.sensors)
+    plan = Plan(
+        settings=settings,
+        seed=seed,
+        order=Order(len(train.grids), seed, settings.epochs, settings.draws_per_grid),
+        sensors=sensors,
+        sizes={s.name: settings.image_size.get(s.name, s.image_size) for s in sensors},
+        problems=index.problems,
+        grids_seen=len(index.grids) + bad,
+    )
+    plan.reader(augment=True)  # sizes are checked here, not on a worker
+    if (share := bad / plan.grids_seen) > settings.max_skipped:
+        raise PretrainFailed(too_many_skipped(list(index.problems), share, settings.max_skipped))
+    check_resources(settings, ray.cluster_resources())
+    on_plan(plan, train, held_out)
+
+    steps = plan.order.steps(settings.batch_size)
+    mailbox = _mailbox()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "plan": plan,
+            "index": ray.put(train),
+            "held_out": ray.put(held_out),
+            "mailbox": mailbox,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.gpus_per_worker > 0,
+            resources_per_worker={"CPU": settings.cpus_per_worker}
+            | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="pretrain",
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+        ),
+    )
+    with _Listener(mailbox, steps, on_metrics, on_progress):
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise PretrainFailed(f"workers failed more than pretrain.max_failures times: {_cause(error)}") from error
+    if failed := (result.metrics or {}).get("failed"):
+        raise PretrainFailed(failed)
+    if result.checkpoint is None:
+        raise PretrainFailed("training ended without a checkpoint")
+    checkpoint = Path(result.checkpoint.path) / CHECKPOINT_FILE
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    skipped = tuple(Problem(*fields) for fields in saved["problems"])
+    metrics = {k: v for k, v in (result.metrics or {}).items() if isinstance(v, float)}
+    return PretrainResult(checkpoint, saved["step"], saved["samples_seen"], metrics, skipped)
+
+
+def check_resources(settings: Pretrain, available: dict[str, float]) -> None:
+    """Refuse a run that would hang: workers that reserve every CPU leave Ray Data none to read with.
+
+    Raises:
+        InputError: with the sum.
+    """
+    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
+    wanted = settings.workers * settings.cpus_per_worker + settings.data_cpus
+    if wanted > cpus:
+        raise InputError(
+            f"pretrain: {settings.workers} workers x {settings.cpus_per_worker} CPU + {settings.data_cpus} CPU for reading = "
+            f"{wanted:g} CPUs, but the cluster has {cpus:g}; lower workers, cpus_per_worker or data_cpus"
+        )
+    if settings.workers * settings.gpus_per_worker > gpus:
+        raise InputError(
+            f"pretrain: {settings.workers} workers x {settings.gpus_per_worker} GPU, but the cluster has {gpus:g} GPUs; "
+            "lower workers or gpus_per_worker"
+        )
+
+
+def _mailbox() -> Any:
+    """A small actor through which workers send figures to the driver; it costs no CPU and blocks nobody."""
+    import ray
+
+    class Mailbox:
+        def __init__(self) -> None:
+            self.messages: list[tuple[int, dict[str, float]]] = []
+
+        def put(self, step: int, metrics: dict[str, float]) -> None:
+            self.messages.append((step, metrics))
+
+        def drain(self) -> list[tuple[int, dict[str, float]]]:
+            messages, self.messages = self.messages, []
+            return messages
+
+    return ray.remote(num_cpus=0)(Mailbox).remote()
+
+
+class _Listener:
+    """Hands the mailbox's messages to the driver's callbacks while the trainer runs."""
+
+    def __init__(self, mailbox: Any, steps: int, on_metrics: Callable, on_progress: Callable):
+        self.mailbox, self.steps, self.on_metrics, self.on_progress = mailbox, steps, on_metrics, on_progress
+        self.stopping = threading.Event()
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> _Listener:
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.stopping.set()
+        self.thread.join(timeout=30)
+        if self.error is not None and error is None:
+            raise self.error
+
+    def _listen(self) -> None:
+        import ray
+
+        try:
+            while True:
+                stopping = self.stopping.is_set()  # before the drain: what was sent until now is still handed on
+                messages = ray.get(self.mailbox.drain.remote(), timeout=20)
+                for step, metrics in messages:
+                    self.on_metrics(step, metrics)
+                if messages:
+                    self.on_progress(messages[-1][0], self.steps, messages[-1][1])
+                if stopping:
+                    return
+                self.stopping.wait(0.3)
+        except BaseException as error:  # raised again by __exit__ on the main thread
+            self.error = error
+
+
+def _post(mailbox: Any, rank: int, step: int, metrics: dict[str, float]) -> None:
+    if rank == 0 and metrics:
+        mailbox.put.remote(step, metrics)
+
+
+def _to_device(columns: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    # Ray hands out read-only memory; as_tensor of a copy keeps torch from warning about it.
+    return {
+        k: torch.from_numpy(np.array(v)).to(device, non_blocking=True)
+        for k, v in columns.items()
+        if k not in ("key", "problems")
+    }
+
+
+def _problems(columns: dict[str, np.ndarray]) -> list[Problem]:
+    return [Problem(*fields) for row in columns["problems"] for fields in json.loads(str(row))]
+
+
+def _gather(problems: list[Problem], world_size: int) -> list[Problem]:
+    """Every rank's problems, in rank order."""
+    if world_size == 1:
+        return problems
+    everyone: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(everyone, problems)
+    return [p for part in everyone for p in part]
+
+
+def _grid_of(problem: Problem) -> str:
+    """The grid a problem is about ("shard:key"), or the shard where it names no grid."""
+    shard, _, member = problem.where.partition(".tar:")
+    return f"{shard}:{member.split('.')[0]}" if member else problem.where
+
+
+def _step_of_epoch(plan: Plan, epoch: int) -> int:
+    """The step with which an epoch's last sample is trained."""
+    return -(-epoch * plan.order.samples_per_epoch // plan.settings.batch_size)
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what went wrong on a worker."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        return str(getattr(first, "cause", None) or first).strip().splitlines()[-1]
+    return str(error).strip().splitlines()[-1]

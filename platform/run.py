@@ -1,0 +1,384 @@
+"""Runs an experiment: makes its miniature Earth, pretrains, sweeps, compares, and goes on where it stopped.
+
+State lies in the experiment's folder (`Experiment.folder`): the same YAML finds the same folder, MLflow runs included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from copernicus.datasets.bench import TASKS
+from copernicus.datasets.sensors import InputError
+from copernicus.platform.experiment import Experiment, Miniature, Pretrain, Sweep
+from copernicus.platform.leaderboard import Leaderboard
+from copernicus.platform.session import ray_session
+from copernicus.platform.tracking import Run, Tracker, git_commit, mask
+
+
+class State:
+    """What an experiment has done so far, kept in ``state.json``."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "state.json"
+        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def set(self, **values: Any) -> None:
+        self.values |= values
+        write_atomically(self.path, json.dumps(self.values, indent=1))
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def run_experiment(experiment: Experiment, console: Console, fresh: bool = False, verbose: bool = False) -> None:
+    """Run what is left of an experiment and print what came of it.
+
+    Raises:
+        InputError: data, sizes, store or cluster do not fit the experiment.
+        PretrainFailed, SweepFailed: the run failed; it can be resumed with the same command.
+    """
+    started = time.monotonic()
+    folder = experiment.folder
+    if fresh and folder.exists():
+        kept = folder.with_name(f"{folder.name}.old-{int(folder.stat().st_mtime)}")
+        folder.rename(kept)
+        console.print(f"Kept the earlier results in {_short(kept)}")
+    state = State(folder)
+    tracker = Tracker(experiment.tracking.uri, experiment.tracking.experiment, Path(experiment.output) / "artifacts")
+    console.print(f"[bold]{experiment.name}[/] ({experiment.kind}) in {_short(folder)}")
+    if state.get("done"):
+        console.print("This experiment is finished; its results follow. [dim]--fresh runs it anew.[/]")
+        _closing(experiment, state, tracker, console)
+        return
+    sections = [n for n in ("miniature", "pretrain", "sweep") if getattr(experiment, n) is not None]
+    if experiment.kind != "pipeline":
+        sections = [n for n in sections if n in ("miniature", experiment.kind)]
+    seconds: dict[str, float] = state.get("seconds") or {}
+
+    if experiment.miniature is not None:
+        with _stage("miniature", sections, seconds, console):
+            make_miniature(experiment.miniature, console)
+
+    tags = {"kind": experiment.kind, "experiment": experiment.name, "fingerprint": experiment.fingerprint}
+    tags |= {"mlflow.source.git.commit": git_commit(), "git_commit": git_commit()}
+    resumed = state.get("run_id") is not None
+    parent = tracker.start(experiment.name, tags, run_id=state.get("run_id"))
+    state.set(run_id=parent.id)
+    if resumed:
+        console.print(f"Going on with the MLflow run {parent.id}")
+    else:
+        parent.parameters(experiment.parameters())
+        parent.text(experiment.to_yaml(), "experiment.yaml")
+    with parent.ending(), ray_session(verbose):
+        checkpoint: Path | None = None
+        if "pretrain" in sections:
+            with _stage("pretrain", sections, seconds, console):
+                assert experiment.pretrain is not None
+                checkpoint = _pretrain(experiment, experiment.pretrain, state, tracker, parent, console)
+            state.set(seconds=seconds)
+        if "sweep" in sections:
+            with _stage("sweep", sections, seconds, console):
+                assert experiment.sweep is not None
+                _sweep(experiment, experiment.sweep, checkpoint, state, tracker, parent, console)
+        parent.metrics({f"seconds/{name}": s for name, s in seconds.items()})
+    state.set(done=True, seconds=seconds)
+    _closing(experiment, state, tracker, console, time.monotonic() - started)
+
+
+def make_miniature(settings: Miniature, console: Console) -> None:
+    """Write the miniature Earth, or find it written already."""
+    from copernicus.datasets.miniature import write_miniature
+
+    out = Path(settings.out)
+    manifest = out / "miniature.json"
+    wanted = {"grids": settings.grids, "seed": settings.seed, "scale": settings.scale, "format": 1}
+    if manifest.exists() and json.loads(manifest.read_text()) == wanted:
+        console.print(f"  found in {_short(out)}: {settings.grids} grids, seed {settings.seed}")
+        return
+    if manifest.exists():
+        raise InputError(
+            f"miniature.out: {out} holds another miniature Earth ({manifest.read_text().strip()}); name another folder or "
+            "remove it"
+        )
+    if out.exists():  # without a manifest it is what an interrupted run left, if it holds nothing else
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in ("pretrain", "bench", "miniature.png"))
+        if foreign:
+            raise InputError(f"miniature.out: {out} holds other files ({', '.join(foreign[:3])}); name another folder")
+        shutil.rmtree(out)
+    with progress_bar(console, "writing") as update:
+        summary = write_miniature(
+            out, settings.grids, settings.seed, settings.scale, workers=os.cpu_count() or 1, progress=update
+        )
+    write_atomically(manifest, json.dumps(wanted))
+    console.print(f"  {summary}")
+
+
+def _pretrain(
+    experiment: Experiment, settings: Pretrain, state: State, tracker: Tracker, parent: Run, console: Console
+) -> Path:
+    from copernicus.platform.pictures import reconstructions
+    from copernicus.platform.pretrain import PretrainResult, pretrain
+
+    if (done := state.get("checkpoint")) is not None and Path(done).exists():
+        console.print(f"  done before: {_short(Path(done))}")
+        return Path(done)
+    single = experiment.kind == "pretrain"
+    tags = {"kind": "pretrain", "experiment": experiment.name, "seed": experiment.seed, "model": settings.model.name}
+    run = parent if single else tracker.start("pretrain", tags, parent, state.get("pretrain_run_id"))
+    state.set(pretrain_run_id=run.id)
+    logged = tracker.last_step(run, "train/loss")
+    rows: list[tuple[int, dict[str, float]]] = []
+    written = time.monotonic()
+    held: list[Any] = []
+
+    def flush() -> None:
+        nonlocal written
+        run.metric_rows(rows)
+        rows.clear()
+        written = time.monotonic()
+
+    def on_metrics(step: int, metrics: dict[str, float]) -> None:
+        # After a failure the steps since the checkpoint come again, with the same figures: they are logged once.
+        nonlocal logged
+        if step > logged:
+            rows.append((step, metrics))
+            logged = step
+        if time.monotonic() - written > 2:
+            flush()
+
+    def on_plan(plan: Any, train: Any, held_out: Any) -> None:
+        held.extend([plan, held_out])
+        run.tags({"data_fingerprint": train.fingerprint})
+        if not single:
+            run.parameters({k: v for k, v in experiment.parameters().items() if k.startswith(("pretrain.", "seed"))})
+        console.print(
+            f"  {len(train.grids)} grids to train on, {len(held_out.grids)} held out, {len(plan.sensors)} sensors, "
+            f"{settings.workers} workers, global batch {settings.batch_size}"
+        )
+        for problem in plan.problems:
+            console.print(f"  [yellow]skipped[/] {problem}")
+
+    with contextlib.nullcontext() if single else run.ending():
+        with progress_bar(console, "training") as update:
+
+            def on_progress(step: int, steps: int, metrics: dict[str, float]) -> None:
+                rate, loss = metrics.get("train/samples_per_s"), metrics.get("train/loss")
+                note = f"loss {loss:.3f}  {rate:.0f} samples/s" if loss is not None and rate is not None else ""
+                update(step, steps, note)
+
+            try:
+                result: PretrainResult = pretrain(
+                    settings, experiment.seed, experiment.folder, on_metrics, on_progress, on_plan
+                )
+            finally:
+                flush()
+        pictures = reconstructions(held[0], held[1], result.checkpoint, experiment.folder / "pictures")
+        for picture in pictures:
+            run.artifact(picture, "reconstructions")
+        if result.skipped:
+            write_atomically(experiment.folder / "skipped.txt", "".join(f"{p}\n" for p in result.skipped))
+            run.artifact(experiment.folder / "skipped.txt")
+            counts = Counter(p.reason for p in result.skipped)
+            console.print(
+                f"  [yellow]skipped[/] {', '.join(f'{n} {reason}' for reason, n in counts.items())}: "
+                f"named in {_short(experiment.folder / 'skipped.txt')}"
+            )
+    first = tracker.history(run, "val/loss") or tracker.history(run, "train/loss")
+    console.print(
+        f"  {result.steps} steps, {result.samples} samples; held-out loss {first[0][1]:.3f} -> {first[-1][1]:.3f}; "
+        f"checkpoint {_short(result.checkpoint)}"
+    )
+    state.set(checkpoint=str(result.checkpoint))
+    return result.checkpoint
+
+
+def _sweep(
+    experiment: Experiment,
+    settings: Sweep,
+    checkpoint: Path | None,
+    state: State,
+    tracker: Tracker,
+    parent: Run,
+    console: Console,
+) -> None:
+    from copernicus.platform.sweep import Cell, Trial, cells, sweep
+
+    pretrained = experiment.pretrain.model if experiment.pretrain else None
+    plan = cells(settings, pretrained, checkpoint)
+    single = experiment.kind == "sweep"
+    tags = {"kind": "sweep", "experiment": experiment.name, "sweep": experiment.name}
+    run = parent if single else tracker.start("sweep", tags, parent, state.get("sweep_run_id"))
+    state.set(sweep_run_id=run.id)
+    total = sum(_trials(settings) + settings.seeds for _ in plan)
+    done = 0
+
+    def on_trial(trial: Trial) -> str:
+        cell = trial.cell
+        trial_tags = {
+            "kind": "trial", "task": cell.task, "encoder": cell.name, "sweep": experiment.name, "role": trial.role,
+            "seed": trial.number if trial.role == "final" else experiment.seed, "weights": cell.weights,
+            "trial_key": trial.key, "git_commit": git_commit(),
+        }  # fmt: skip
+        child = tracker.start(f"{cell.task} {cell.name} {trial.role} {trial.number}", trial_tags, run)
+        with child.ending():
+            child.parameters({**trial.settings, "task": cell.task, "encoder": cell.name, "model": cell.model.name})
+            child.metric_rows(list(enumerate(trial.curve)))
+            child.metrics(trial.metrics, step=len(trial.curve))
+        advance(cell, f"{trial.role} {trial.number}")
+        return child.id
+
+    with contextlib.nullcontext() if single else run.ending(), progress_bar(console, "trials") as update:
+
+        def advance(cell: Cell, stage: str) -> None:
+            nonlocal done
+            done += stage.startswith(("search ", "final "))
+            update(min(done, total), total, f"{cell.task} / {cell.name}: {stage}")
+
+        leaderboard, failed = sweep(settings, plan, experiment.seed, experiment.folder / "sweep", on_trial, advance)
+        for file in write_leaderboard(leaderboard, experiment.folder):
+            run.artifact(file)
+            if not single:
+                parent.artifact(file)
+        for score_task in leaderboard.tasks:
+            for encoder in leaderboard.encoders:
+                if (s := leaderboard.summary(score_task.name, encoder)) is not None:
+                    name = f"{score_task.name}/{encoder}"
+                    run.metrics({f"{name}/mean": s.mean} | ({f"{name}/std": s.std} if s.n > 1 else {}))
+    for key, message in failed.items():
+        console.print(f"  [red]failed[/] {key}: {message}")
+    if failed:
+        run.tags({"failed_cells": ", ".join(failed)})
+
+
+def _trials(settings: Sweep) -> int:
+    if settings.searcher != "grid":
+        return settings.trials if settings.search else 0
+    total = 1
+    for space in settings.search.values():
+        total *= len(space.values or [None])
+    return total
+
+
+def write_leaderboard(leaderboard: Leaderboard, folder: Path) -> list[Path]:
+    """leaderboard.json (every score), .md and .png."""
+    import dataclasses
+
+    write_atomically(folder / "leaderboard.json", json.dumps([dataclasses.asdict(s) for s in leaderboard.scores], indent=1))
+    write_atomically(folder / "leaderboard.md", leaderboard.markdown())
+    return [folder / "leaderboard.json", folder / "leaderboard.md", leaderboard.picture(folder / "leaderboard.png")]
+
+
+def read_leaderboard(folder: Path) -> Leaderboard:
+    """The leaderboard that an experiment's folder holds.
+
+    Raises:
+        InputError: it holds none.
+    """
+    from copernicus.platform.leaderboard import Score
+
+    try:
+        rows = json.loads((folder / "leaderboard.json").read_text())
+        return Leaderboard(tuple(Score(**row) for row in rows if row["task"] in TASKS))
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(f"no leaderboard in {folder}: give the folder of a finished sweep, such as runs/quickstart-*") from None
+
+
+def _closing(
+    experiment: Experiment, state: State, tracker: Tracker, console: Console, seconds: float | None = None
+) -> None:
+    folder = experiment.folder
+    has_scores = (folder / "leaderboard.json").exists()
+    compare = [state.get("pretrain_run_id")]
+    if has_scores:
+        leaderboard = read_leaderboard(folder)
+        console.print()
+        console.print(leaderboard.table())
+        compare = [s.run_id for s in leaderboard.scores]
+    console.print()
+    stages = state.get("seconds") or {}
+    if seconds is not None:
+        parts = ", ".join(f"{name} {_time(s)}" for name, s in stages.items())
+        console.print(f"[bold green]Done[/] in {_time(seconds)} ({parts}).")
+    run = tracker.find(state.get("run_id"))
+    lines = []
+    if has_scores:
+        lines.append(("Leaderboard", f"{_short(folder / 'leaderboard.md')}, {_short(folder / 'leaderboard.png')}"))
+    if (folder / "pictures").exists():
+        lines.append(("Pictures", f"{_short(folder / 'pictures')}/"))
+    if not tracker.uri.startswith("http"):
+        uri = "" if tracker.uri == "sqlite:///mlflow.db" else f" --uri {mask(tracker.uri)}"
+        lines.append(("Open MLflow", f"copernicus ui{uri}"))
+    if run is not None:
+        lines.append(("  this run", tracker.run_link(run)))
+    if compare[0]:
+        lines.append(("  compare", tracker.compare_link(compare)))
+    for title, value in lines:
+        console.print(f"{title:<12} {value}", soft_wrap=True, highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def _stage(name: str, sections: list[str], seconds: dict[str, float], console: Console) -> Iterator[None]:
+    titles = {"miniature": "miniature Earth", "pretrain": "pretraining", "sweep": "sweep"}
+    console.print(f"[bold]{sections.index(name) + 1}/{len(sections)} {titles[name]}[/]")
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, title: str) -> Iterator[Any]:
+    """``update(done, total, note)`` draws a bar with elapsed and remaining time; off a terminal it prints a line now and
+    then instead."""
+    if not console.is_terminal:
+        last = [0.0]
+
+        def line(done: float, total: float, note: str = "") -> None:
+            if time.monotonic() - last[0] > 20 or done >= total:
+                last[0] = time.monotonic()
+                console.print(f"  {title} {done:g}/{total:g} {note}", highlight=False)
+
+        yield line
+        return
+    columns = (
+        TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=None, note="")
+
+        def update(done: float, total: float, note: str = "") -> None:
+            progress.update(task, completed=done, total=total, note=note)
+
+        yield update
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    with contextlib.suppress(ValueError):
+        return str(path.absolute().relative_to(Path.cwd()))
+    return str(path)

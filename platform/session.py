@@ -1,0 +1,50 @@
+"""The Ray session of a command: the cluster that RAY_ADDRESS names, or a quiet local one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+LOUD_LOGGERS = ("ray", "ray.train", "ray.tune", "ray.data", "ray._private")
+
+
+@contextlib.contextmanager
+def ray_session(verbose: bool = False) -> Iterator[dict[str, float]]:
+    """Connect to Ray (or start it), yield the cluster's resources, and disconnect. An open session is used as it is."""
+    # Read when Ray is imported, here and on the workers it starts.
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not verbose:
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+        os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+        warnings.filterwarnings("ignore", module="ray")
+    import ray
+
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
+    level = logging.INFO if verbose else logging.ERROR
+    address = os.environ.get("RAY_ADDRESS")
+    # Two logical CPUs at least: one worker and the reading of its data must fit even on a one-core machine.
+    local = {} if address else {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
+    ray.init(address=address, logging_level=level, log_to_driver=verbose, configure_logging=True, **local)
+    if not verbose:
+        silence()
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def silence() -> None:
+    """Ray's own chatter off; errors stay."""
+    for name in LOUD_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False

@@ -1,0 +1,268 @@
+"""The sweep on Ray Tune: for every task and encoder (a cell) one search of its own, then seeds of its best setting.
+
+Whatever is finished is on disk before the next thing starts, so that a resumed sweep repeats none of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from copernicus.datasets.bench import TASKS
+from copernicus.platform.experiment import Encoder, Model, Space, Sweep
+from copernicus.platform.leaderboard import Leaderboard, Score
+
+
+class SweepFailed(RuntimeError):
+    """No cell gave a score."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task with one encoder. ``weights``: a file, hf://... or none."""
+
+    task: str
+    name: str  # of the encoder
+    model: Model
+    weights: str
+    seed: int  # of the encoder's initial weights
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}-{self.name}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial: of the search (``role`` search: validation only) or of the final estimate (``role`` final)."""
+
+    cell: Cell
+    role: str
+    number: int  # in the search; the seed in the final estimate
+    settings: dict[str, float]
+    metrics: dict[str, float]
+    curve: list[dict[str, float]]  # per epoch
+
+    @property
+    def key(self) -> str:
+        return f"{self.cell.key}-{self.role}-{self.number}"
+
+
+def cells(settings: Sweep, pretrained: Model | None, checkpoint: Path | None) -> list[Cell]:
+    """All cells, task by task."""
+
+    def cell(task: str, name: str, encoder: Encoder) -> Cell:
+        model = encoder.model or pretrained
+        assert model is not None, "checked when the experiment was loaded"
+        weights = str(checkpoint) if encoder.weights == "pretrain" else encoder.weights
+        return Cell(task, name, model, weights, encoder.seed)
+
+    return [cell(task, name, encoder) for task in settings.tasks for name, encoder in settings.encoders.items()]
+
+
+def build_encoder(cell: Cell) -> Any:
+    """The cell's encoder: mean-pooled patch tokens, frozen."""
+    from copernicus.models.zoo import create_model, load_weights
+
+    model = create_model(cell.model.name, global_pool=True, seed=cell.seed, **cell.model.encoder_overrides())
+    if cell.weights != "none":
+        load_weights(model, cell.weights)
+    return model.eval().requires_grad_(False)
+
+
+def sweep(
+    settings: Sweep,
+    plan: list[Cell],
+    seed: int,
+    folder: Path,
+    on_trial: Callable[[Trial], str],
+    on_progress: Callable[[Cell, str], None] = lambda cell, stage: None,
+) -> tuple[Leaderboard, dict[str, str]]:
+    """Run what is unfinished of all cells; one failing cell does not stop the others.
+
+    ``on_trial(trial)`` records a finished trial, once, and returns its run's id. ``on_progress(cell, stage)`` hears
+    what happens. Returns the leaderboard, and the error of each failed cell by its key.
+
+    Raises:
+        SweepFailed: every cell failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder / "trials.jsonl")
+    scores: list[Score] = []
+    failed: dict[str, str] = {}
+    for cell in plan:
+        try:
+            scores += _run_cell(settings, cell, seed, folder / cell.key, journal, on_trial, on_progress)
+            on_progress(cell, "done")
+        except Exception as error:
+            failed[cell.key] = _last_line(error)
+            on_progress(cell, "failed")
+    if not scores:
+        key, message = next(iter(failed.items()))
+        raise SweepFailed(f"every cell failed; {key}: {message}")
+    return Leaderboard(tuple(scores)), failed
+
+
+class Journal:
+    """Finished trials by key, appended to a file as they finish."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # the line a kill cut off: its trial is not finished
+                    continue
+                self.rows[row["key"]] = row
+
+    def add(self, trial: Trial, run_id: str) -> dict[str, Any]:
+        row = {"key": trial.key, "run_id": run_id, "settings": trial.settings, "metrics": trial.metrics}
+        torn = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
+        with open(self.path, "a") as file:
+            file.write(("\n" if torn else "") + json.dumps(row) + "\n")
+        self.rows[trial.key] = row
+        return row
+
+
+def _run_cell(
+    settings: Sweep,
+    cell: Cell,
+    seed: int,
+    folder: Path,
+    journal: Journal,
+    on_trial: Callable[[Trial], str],
+    on_progress: Callable[[Cell, str], None],
+) -> list[Score]:
+    import ray
+
+    task = TASKS[cell.task]
+    seeds = [seed + 1 + i for i in range(settings.seeds)]  # not the search's own seed: its luck was selected
+    wanted = [f"{cell.key}-final-{s}" for s in seeds]
+    if not all(key in journal.rows for key in wanted):
+        on_progress(cell, "encode")
+        resources = {"num_cpus": settings.cpus_per_trial, "num_gpus": settings.gpus_per_trial}
+        features = ray.get(ray.remote(encode_cell).options(**resources).remote(cell, settings))
+        on_progress(cell, "search")
+        best = _search(settings, cell, features, seed, folder, journal, on_trial)
+        on_progress(cell, "seeds")
+        probe = ray.remote(run_trial).options(**resources)
+        running = {
+            probe.remote(cell, settings, best, features, s, final=True): s for s in seeds if wanted[seeds.index(s)] not in journal.rows
+        }
+        while running:
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            number = running.pop(ready)
+            metrics, curve = ray.get(ready)
+            trial = Trial(cell, "final", number, best, metrics, curve)
+            journal.add(trial, on_trial(trial))
+    rows = [(s, journal.rows[key]) for s, key in zip(seeds, wanted, strict=True)]
+    metric = task.metric_key
+    return [
+        Score(cell.task, cell.name, s, r["metrics"][f"test/{metric}"], r["metrics"][f"val/{metric}"], r["settings"], r["run_id"])
+        for s, r in rows
+    ]
+
+
+def encode_cell(cell: Cell, settings: Sweep) -> str:
+    """Encode the task once with the cell's frozen encoder (or find it encoded already); returns where the features lie."""
+    from copernicus.platform.features import encode_task
+
+    return str(
+        encode_task(
+            build_encoder(cell),
+            TASKS[cell.task],
+            settings.data,
+            cache=Path(settings.cache),
+            preset=settings.preset,
+            image_size=settings.image_size.get(cell.task),
+        )
+    )
+
+
+def run_trial(
+    cell: Cell, settings: Sweep, chosen: dict[str, float], features: str, seed: int, final: bool
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Train and evaluate one head. The test split is opened for the final estimate only."""
+    raise AssertionError
+
+
+def _search(
+    settings: Sweep,
+    cell: Cell,
+    features: str,
+    seed: int,
+    folder: Path,
+    journal: Journal,
+    on_trial: Callable[[Trial], str],
+) -> dict[str, float]:
+    """The setting with the best validation metric."""
+    from ray import tune
+
+    task = TASKS[cell.task]
+    metric, mode = f"val/{task.metric_key}", "max" if task.higher_is_better else "min"
+    done = folder / "best.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    if not settings.search:
+        return {}
+
+    class Record(tune.Callback):
+        """Hands each finished trial on, on the driver."""
+
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            result = trial.last_result
+            number = trials.index(trial)
+            record = Trial(cell, "search", number, dict(trial.config), _numbers(result), result["curve"])
+            if record.key not in journal.rows:
+                journal.add(record, on_trial(record))
+
+    def trainable(chosen: dict[str, float]) -> None:
+        metrics, curve = run_trial(cell, settings, chosen, features, seed, final=False)
+        tune.report({**metrics, "curve": curve})
+
+    searcher = None
+    space = {name: _domain(s, settings.searcher) for name, s in settings.search.items()}
+    if settings.searcher == "optuna":
+        from ray.tune.search.optuna import OptunaSearch
+
+        searcher = OptunaSearch(metric=metric, mode=mode, seed=seed)
+    run_config = tune.RunConfig(name="tune", storage_path=str(folder), callbacks=[Record()], verbose=0)
+    resources = {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}
+    bounded = tune.with_resources(trainable, resources)
+    path = folder / "tune"
+    if path.exists() and tune.Tuner.can_restore(str(path)):
+        tuner = tune.Tuner.restore(str(path), trainable=bounded, resume_unfinished=True, resume_errored=True)
+    else:
+        config = tune.TuneConfig(
+            metric=metric, mode=mode, num_samples=1 if settings.searcher == "grid" else settings.trials, search_alg=searcher
+        )
+        tuner = tune.Tuner(bounded, param_space=space, tune_config=config, run_config=run_config)
+    results = tuner.fit()
+    if results.num_errors == len(results):
+        raise SweepFailed(f"all {len(results)} trials failed: {_last_line(results.errors[0])}")
+    best = {k: float(v) for k, v in results.get_best_result(metric, mode).config.items()}
+    done.write_text(json.dumps(best))
+    return best
+
+
+def _domain(space: Space, searcher: str) -> Any:
+    from ray import tune
+
+    if space.values:
+        return tune.grid_search(space.values) if searcher == "grid" else tune.choice(space.values)
+    assert space.low is not None
+    assert space.high is not None
+    return tune.loguniform(space.low, space.high) if space.log else tune.uniform(space.low, space.high)
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in result.items() if k.startswith(("val/", "test/", "train/"))}
+
+
+def _last_line(error: BaseException) -> str:
+    return str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
