@@ -18,6 +18,8 @@ import numpy as np
 import rasterio
 import rasterio.errors
 import rasterio.warp
+import torch
+import torch.nn.functional as F
 from rasterio.crs import CRS
 from rasterio.transform import Affine
 
@@ -168,6 +170,20 @@ def read_image(path: Path | str, sensor: Sensor, bands: Sequence[str] | None = N
     )
 
 
+def resample(x_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resamples to (height, width), bilinear and antialiased. NaN does not spread: a pixel is made of the valid ones
+    under it, and is NaN where they are less than half. The same size gives the same values."""
+    if tuple(x_BCHW.shape[-2:]) == size:
+        return x_BCHW
+
+    def resize(t: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(t, size=size, mode="bilinear", antialias=True)
+
+    valid_BCHW = resize(x_BCHW.isfinite().to(x_BCHW.dtype))
+    value_BCHW = resize(x_BCHW.nan_to_num(0.0)) / valid_BCHW.clamp(min=1e-6)
+    return torch.where(valid_BCHW >= 0.5, value_BCHW, torch.nan)
+
+
 def _open(path: Path, sensor: Sensor) -> _File:
     with open(path, "rb") as raw:
         start = raw.read(4)
@@ -273,8 +289,8 @@ def _pick_bands(file: _File, sensor: Sensor, path: Path, notes: list[str]) -> tu
             )
         picked = list(range(count))
         first, last = sensor.bands[have[0]], sensor.bands[have[-1]]
-        span = first if count == 1 else f"{first} to {last}"
-        notes.append(f"the file does not name its bands: its {count} are taken as {span} of {sensor.name}")
+        span = first if count == 1 else f"the {count} from {first} to {last}"
+        notes.append(f"bands not named in the file: taken as {span} of {sensor.name}")
     lacking = [band for c, band in enumerate(sensor.bands) if c not in have]
     if lacking:
         notes.append(f"bands missing: {', '.join(lacking)}; encoded from the other {len(have)}")
@@ -355,7 +371,9 @@ _DATES = (
 )
 
 
-def _parse_date(text: str) -> datetime.datetime | None:
+def parse_date(text: str) -> datetime.datetime | None:
+    """The first date in a text, with its time of day where there is one, in the forms that product names, index files
+    and tags use; None: no date."""
     for pattern, form in _DATES:
         for day, clock in re.findall(pattern, text):
             digits = clock.replace(":", "").zfill(6)
@@ -368,7 +386,7 @@ def _parse_date(text: str) -> datetime.datetime | None:
 
 def _find_date(name: str, tags: dict[str, str]) -> tuple[datetime.datetime | None, str]:
     """When the image was taken (the first time in a product's name is the start of sensing) and what says so."""
-    date = _parse_date(name)
+    date = parse_date(name)
     if date:
         return date, "name"
     for tag, value in tags.items():
@@ -379,7 +397,7 @@ def _find_date(name: str, tags: dict[str, str]) -> tuple[datetime.datetime | Non
             "datetime_start",
             "source_product",
         ):
-            date = _parse_date(value)
+            date = parse_date(value)
             if date:
                 return date, tag
     return None, ""
