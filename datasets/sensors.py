@@ -53,7 +53,9 @@ class Sensor:
             convert = str if field == "bands" else float
             object.__setattr__(self, field, tuple(convert(v) for v in value))
         if bool(self.wavelengths_nm) == bool(self.variable):
-            raise InputError(f"sensor {self.name!r}: give either wavelengths_nm (spectral) or variable (a name), not both")
+            raise InputError(
+                f"sensor {self.name!r}: give either wavelengths_nm (spectral) or variable (a name), not both"
+            )
         if not self.bands:
             bands = tuple(f"{w:g}nm" for w in self.wavelengths_nm) or (self.variable,)
             object.__setattr__(self, "bands", bands)
@@ -66,7 +68,9 @@ class Sensor:
         for field in ("mean", "std", "scale"):
             length = len(getattr(self, field))
             if length not in (1, channels):
-                raise InputError(f"sensor {self.name!r}: {field} has {length} values for {channels} bands (give 1 or {channels})")
+                raise InputError(
+                    f"sensor {self.name!r}: {field} has {length} values for {channels} bands (give 1 or {channels})"
+                )
         if any(s <= 0 for s in self.std):
             raise InputError(f"sensor {self.name!r}: std must be positive, it is {list(self.std)}")
 
@@ -105,7 +109,8 @@ class Sensor:
 
         x = x_CHW.float()
         scale, mean, std = (
-            torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None] for v in (self.scale, self.mean, self.std)
+            torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None]
+            for v in (self.scale, self.mean, self.std)
         )
         return torch.nan_to_num((x * scale - mean) / std, nan=0.0, posinf=0.0, neginf=0.0)
 

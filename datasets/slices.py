@@ -138,7 +138,9 @@ class DrawReader:
 
     def empty(self, key: str = "") -> Draw:
         """A sample with no sensor: the padding of a last batch, and what remains of a grid that cannot be read."""
-        images = {s.name: np.zeros((s.channels, self.sizes[s.name], self.sizes[s.name]), np.float32) for s in self.sensors}
+        images = {
+            s.name: np.zeros((s.channels, self.sizes[s.name], self.sizes[s.name]), np.float32) for s in self.sensors
+        }
         count = len(self.sensors)
         noise = {s.name: np.zeros((self.sizes[s.name] // s.patch_kernel) ** 2, np.float32) for s in self.sensors}
         return Draw(key, images, noise, np.zeros(count, bool), np.full((count, 4), np.nan, np.float32))
@@ -243,7 +245,9 @@ def decode_member(data: bytes, sensor: Sensor) -> torch.Tensor:
     expected = leading + (2 if sensor.name == "dem" else 3)
     channels_fit = sensor.name == "dem" or (array.ndim == expected and array.shape[-3] == sensor.channels)
     if array.ndim != expected or not channels_fit or 0 in array.shape:
-        raise MemberError("wrong_shape", f"shape {tuple(array.shape)}, expected {expected} axes, {sensor.channels} channels")
+        raise MemberError(
+            "wrong_shape", f"shape {tuple(array.shape)}, expected {expected} axes, {sensor.channels} channels"
+        )
     return array
 
 

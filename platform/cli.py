@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,7 +19,9 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="Make, convert and inspect data.")
 app.add_typer(data, name="data")
 
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="Overrides, as in pretrain.epochs=5.", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, as in pretrain.epochs=5.", metavar="[KEY=VALUE]...")
+]
 Yaml = Annotated[Path, typer.Argument(help="The experiment YAML.", metavar="EXPERIMENT.yaml")]
 
 
@@ -46,7 +48,9 @@ def run(
 
 @app.command()
 def check(
-    experiments: Annotated[list[str], typer.Argument(help="Experiment YAMLs, then overrides.", metavar="EXPERIMENT.yaml...")],
+    experiments: Annotated[
+        list[str], typer.Argument(help="Experiment YAMLs, then overrides.", metavar="EXPERIMENT.yaml...")
+    ],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not print the resolved experiments.")] = False,
 ) -> None:
     """Validate experiments and print them resolved; run nothing."""
@@ -72,7 +76,9 @@ def check(
 
 @app.command()
 def leaderboard(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of finished sweeps, such as runs/quickstart-1a2b3c4d.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of finished sweeps, such as runs/quickstart-1a2b3c4d.")
+    ],
 ) -> None:
     """Print the leaderboard of finished sweeps, together where several are given."""
     from copernicus.platform.leaderboard import Leaderboard

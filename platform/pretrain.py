@@ -23,6 +23,7 @@ import torch
 from copernicus.datasets.order import Order, generator
 from copernicus.datasets.sensors import SENSORS, InputError, Sensor
 from copernicus.datasets.slices import DrawReader, GridIndex, Problem, collate, index_shards
+from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.models.zoo import create_model
 from copernicus.platform.experiment import Pretrain
 
@@ -116,17 +117,6 @@ def weigh(loss_BS: torch.Tensor, present_BS: torch.Tensor) -> tuple[torch.Tensor
     return rows.sum(), (present.sum(1) > 0).sum()
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and tokens, none for biases, norms and other 1-d parameters."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    assert sum(len(g["params"]) for g in groups) == len(trained), "a parameter escaped the optimiser"
-    return groups
-
-
 def train_worker(config: dict[str, Any]) -> None:
     """What one rank does."""
     import ray
@@ -147,9 +137,10 @@ def train_worker(config: dict[str, Any]) -> None:
     loss_module = PerRowLoss(autoencoder, plan.sensors)
     freeze_unreached(loss_module, plan)
     model = ray.train.torch.prepare_model(loss_module)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(loss_module, settings.weight_decay), betas=tuple(settings.betas), lr=0.0, fused=True
-    )
+    groups = parameter_groups(loss_module, settings.weight_decay)
+    trained = [p for p in loss_module.parameters() if p.requires_grad]
+    assert sum(len(g["params"]) for g in groups) == len(trained), "a parameter escaped the optimiser"
+    optimizer = torch.optim.AdamW(groups, betas=tuple(settings.betas), lr=0.0, fused=True)
 
     step, problems = 0, {str(p): p for p in plan.problems}
     if (found := ray.train.get_checkpoint()) is not None:

@@ -281,7 +281,9 @@ def write_leaderboard(leaderboard: Leaderboard, folder: Path) -> list[Path]:
     """leaderboard.json (every score), .md and .png."""
     import dataclasses
 
-    write_atomically(folder / "leaderboard.json", json.dumps([dataclasses.asdict(s) for s in leaderboard.scores], indent=1))
+    write_atomically(
+        folder / "leaderboard.json", json.dumps([dataclasses.asdict(s) for s in leaderboard.scores], indent=1)
+    )
     write_atomically(folder / "leaderboard.md", leaderboard.markdown())
     return [folder / "leaderboard.json", folder / "leaderboard.md", leaderboard.picture(folder / "leaderboard.png")]
 
@@ -298,7 +300,9 @@ def read_leaderboard(folder: Path) -> Leaderboard:
         rows = json.loads((folder / "leaderboard.json").read_text())
         return Leaderboard(tuple(Score(**row) for row in rows if row["task"] in TASKS))
     except (OSError, ValueError, TypeError, KeyError):
-        raise InputError(f"no leaderboard in {folder}: give the folder of a finished sweep, such as runs/quickstart-*") from None
+        raise InputError(
+            f"no leaderboard in {folder}: give the folder of a finished sweep, such as runs/quickstart-*"
+        ) from None
 
 
 def _closing(

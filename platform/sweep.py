@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from copernicus.datasets.bench import TASKS
 from copernicus.platform.experiment import Encoder, Model, Space, Sweep
+from copernicus.platform.features import TaskFeatures, encode_task
 from copernicus.platform.leaderboard import Leaderboard, Score
 
 
@@ -152,7 +153,9 @@ def _run_cell(
         on_progress(cell, "seeds")
         probe = ray.remote(run_trial).options(**resources)
         running = {
-            probe.remote(cell, settings, best, features, s, final=True): s for s in seeds if wanted[seeds.index(s)] not in journal.rows
+            probe.remote(cell, settings, best, features, s, final=True): s
+            for s in seeds
+            if wanted[seeds.index(s)] not in journal.rows
         }
         while running:
             (ready,), _ = ray.wait(list(running), num_returns=1)
@@ -163,38 +166,59 @@ def _run_cell(
     rows = [(s, journal.rows[key]) for s, key in zip(seeds, wanted, strict=True)]
     metric = task.metric_key
     return [
-        Score(cell.task, cell.name, s, r["metrics"][f"test/{metric}"], r["metrics"][f"val/{metric}"], r["settings"], r["run_id"])
+        Score(
+            cell.task,
+            cell.name,
+            s,
+            r["metrics"][f"test/{metric}"],
+            r["metrics"][f"val/{metric}"],
+            r["settings"],
+            r["run_id"],
+        )
         for s, r in rows
     ]
 
 
-def encode_cell(cell: Cell, settings: Sweep) -> str:
-    """Encode the task once with the cell's frozen encoder (or find it encoded already); returns where the features lie."""
-    from copernicus.platform.features import encode_task
+def encode_cell(cell: Cell, settings: Sweep) -> TaskFeatures:
+    """Encode the task once with the cell's frozen encoder, or find it encoded already."""
+    import torch
 
-    return str(
-        encode_task(
-            build_encoder(cell),
-            TASKS[cell.task],
-            settings.data,
-            cache=Path(settings.cache),
-            preset=settings.preset,
-            image_size=settings.image_size.get(cell.task),
-        )
+    torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
+    return encode_task(
+        build_encoder(cell),
+        TASKS[cell.task],
+        settings.data,
+        settings.cache,
+        preset=settings.preset,  # type: ignore[arg-type]
+        image_size=settings.image_size.get(cell.task),
     )
 
 
 def run_trial(
-    cell: Cell, settings: Sweep, chosen: dict[str, float], features: str, seed: int, final: bool
+    cell: Cell, settings: Sweep, chosen: dict[str, float], features: TaskFeatures, seed: int, final: bool
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Train and evaluate one head. The test split is opened for the final estimate only."""
-    raise AssertionError
+    """Train and evaluate one head: its metrics and its curve. The test split counts in the final estimate only."""
+    import torch
+
+    from copernicus.platform.probe import ProbeSettings, run_probe
+
+    torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
+    task = TASKS[cell.task]
+    given = {"epochs": settings.epochs} | ({"batch_size": settings.batch_size} if settings.batch_size else {})
+    whole = {k: int(v) if k in ("epochs", "batch_size") else v for k, v in (given | chosen).items()}
+    device = "cuda" if settings.gpus_per_trial else "cpu"
+    result = run_probe(features, task, ProbeSettings.for_task(task, **whole), seed, device=device)
+    metrics = {f"val/{k}": v for k, v in result.val.items()} | {"val/best_epoch": float(result.best_epoch)}
+    if final:
+        metrics |= {f"test/{k}": v for k, v in result.test.items()}
+        metrics |= {f"samples/{split}": float(n) for split, n in result.samples.items()}
+    return metrics, result.curves
 
 
 def _search(
     settings: Sweep,
     cell: Cell,
-    features: str,
+    features: TaskFeatures,
     seed: int,
     folder: Path,
     journal: Journal,
@@ -239,7 +263,10 @@ def _search(
         tuner = tune.Tuner.restore(str(path), trainable=bounded, resume_unfinished=True, resume_errored=True)
     else:
         config = tune.TuneConfig(
-            metric=metric, mode=mode, num_samples=1 if settings.searcher == "grid" else settings.trials, search_alg=searcher
+            metric=metric,
+            mode=mode,
+            num_samples=1 if settings.searcher == "grid" else settings.trials,
+            search_alg=searcher,
         )
         tuner = tune.Tuner(bounded, param_space=space, tune_config=config, run_config=run_config)
     results = tuner.fit()
@@ -261,7 +288,7 @@ def _domain(space: Space, searcher: str) -> Any:
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:
-    return {k: float(v) for k, v in result.items() if k.startswith(("val/", "test/", "train/"))}
+    return {k: float(v) for k, v in result.items() if k.startswith("val/")}
 
 
 def _last_line(error: BaseException) -> str:
