@@ -138,11 +138,8 @@ def read_image(path: Path | str, sensor: Sensor, bands: Sequence[str] | None = N
     if file.lonlat_2HW is not None and file.lonlat_2HW[1, 0].mean() < file.lonlat_2HW[1, -1].mean():
         array_CHW, file.lonlat_2HW = array_CHW[:, ::-1], file.lonlat_2HW[:, ::-1]
     array_CHW = np.where(np.isfinite(array_CHW), array_CHW, np.float32(np.nan))
-    missing = float(np.isnan(array_CHW).mean())
-    if missing == 1:
+    if np.isnan(array_CHW).all():
         raise InputError(f"{path}: not one valid value in the bands {', '.join(sensor.bands)} (all nodata or NaN)")
-    if missing > 0:
-        notes.append(f"{missing:.1%} of the values are missing (nodata or NaN)")
 
     height, width = array_CHW.shape[1:]
     lon, lat = _locate(height / 2, width / 2, file.transform, file.crs, file.lonlat_2HW)
@@ -337,7 +334,8 @@ def _locate(
         return float(lon), float(lat)
     if crs is None or transform.is_identity:
         return float("nan"), float("nan")
-    x, y = transform * (col, row)
+    x = transform.a * col + transform.b * row + transform.c
+    y = transform.d * col + transform.e * row + transform.f
     try:
         (lon,), (lat,) = rasterio.warp.transform(crs, "EPSG:4326", [x], [y])
     except rasterio.errors.RasterioError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from rich.table import Table
 
 from copernicus.datasets.geotiff import Image, read_image, resample
 from copernicus.datasets.sensors import InputError, Sensor, get_sensor
+from copernicus.datasets.slices import DEM_DAYS
 from copernicus.models import LanguageTable, create_model, load_weights
-from copernicus.platform.quicklook import Window, draw_quicklook
+from copernicus.platform.quicklook import Window, draw_quicklook, place_text
 
 _BATCH = 8
 
@@ -71,19 +72,28 @@ class EncodedImage:
     windows: list[Window]
     metadata: np.ndarray  # (windows, 4): lon, lat, days, token area km^2
     embeddings: np.ndarray  # (windows, D) float32
-    tokens: list[np.ndarray]  # of each window (D, h, w)
+    tokens: list[np.ndarray]  # of each window (D, h, w), less those of a window without any value
+    image_share: float  # variance of these over that of the tokens as they are
     skipped: int
 
 
 def encode_image(
-    model: Any, image: Image, image_size: int | None = None, patch_kernel: int | None = None, progress: Any = None
+    model: Any,
+    image: Image,
+    image_size: int | None = None,
+    patch_kernel: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> EncodedImage:
     """Cuts an image into windows and encodes each with its own place, the image's date and its tokens' true area.
+
+    The tokens, of which pictures are made, are those after the last block less what the encoder makes of a window
+    without any value, of the same place and date. Otherwise position and place, which are added to every token, are
+    all that is seen of an encoder that has not learned much, or of a sensor whose normalised values are small.
 
     Args:
         model: an encoder of `copernicus.models.create_model`.
         image_size, patch_kernel: of the windows and tokens, pixels of the image; the sensor's own by default.
-        progress: called with the number of windows done.
+        progress: called after each batch with the number of windows done and of all.
 
     Raises:
         InputError: the patch kernel is larger than the windows.
@@ -94,10 +104,13 @@ def encode_image(
         raise InputError(f"patches of {sensor.patch_kernel} pixels do not fit windows of {size}; give a smaller kernel")
     everything = cut_windows(*image.array_CHW.shape[1:], size)
     windows = [w for w in everything if np.isfinite(image.array_CHW[(slice(None), *w.slices)]).any()]
+    # Pretraining gives every elevation model one date, and so is an undated one here.
+    days = DEM_DAYS if sensor.name == "dem" and math.isnan(image.days) else image.days
     device = next(model.parameters()).device
     rows: list[list[float]] = []
     embeddings: list[np.ndarray] = []
     tokens: list[np.ndarray] = []
+    moments: list[list[tuple[int, np.ndarray, float]]] = []
     for start in range(0, len(windows), _BATCH):
         batch = windows[start : start + _BATCH]
         raw_BCHW = torch.from_numpy(np.stack([image.array_CHW[(slice(None), *w.slices)] for w in batch]))
@@ -105,19 +118,41 @@ def encode_image(
         # Pixels of the window that one of the resampled window stands for.
         share = raw_BCHW.shape[2] * raw_BCHW.shape[3] / (x_BCHW.shape[2] * x_BCHW.shape[3])
         area = image.pixel_area_km2 * share * sensor.patch_kernel**2
-        metadata = [[*image.locate(w.row + w.height / 2, w.col + w.width / 2), image.days, area] for w in batch]
+        metadata = [[*image.locate(w.row + w.height / 2, w.col + w.width / 2), days, area] for w in batch]
         rows += metadata
         metadata_B4 = torch.tensor(metadata, dtype=torch.float64)
         with torch.inference_mode():
             x_BCHW = x_BCHW.to(device)
             embeddings.append(model.encode(x_BCHW, sensor, metadata_B4).float().cpu().numpy())
             last_BDhw = model.encode_dense(x_BCHW, sensor, metadata_B4)[-1]
-        tokens += list(last_BDhw.float().cpu().numpy())
+            blank_BDhw = model.encode_dense(torch.full_like(x_BCHW, torch.nan), sensor, metadata_B4)[-1]
+        content_BDhw = (last_BDhw - blank_BDhw).float().cpu()
+        tokens += list(content_BDhw.numpy())
+        moments.append([_moments(last_BDhw.float().cpu()), _moments(content_BDhw)])
         if progress:
-            progress(len(batch))
+            progress(start + len(batch), len(windows))
+    raw, content = (_variance(parts) for parts in zip(*moments, strict=True))
     return EncodedImage(
-        windows, np.array(rows), np.concatenate(embeddings), tokens, skipped=len(everything) - len(windows)
+        windows=windows,
+        metadata=np.array(rows),
+        embeddings=np.concatenate(embeddings),
+        tokens=tokens,
+        image_share=content / max(raw, np.finfo(np.float32).tiny),
+        skipped=len(everything) - len(windows),
     )
+
+
+def _moments(tokens_BDhw: torch.Tensor) -> tuple[int, np.ndarray, float]:
+    """Number, sum (D,) and sum of squares of some tokens, from which the variance of all follows batch by batch."""
+    x_ND = tokens_BDhw.double().permute(0, 2, 3, 1).flatten(0, 2)
+    return len(x_ND), x_ND.sum(0).numpy(), float(x_ND.square().sum())
+
+
+def _variance(parts: Sequence[tuple[int, np.ndarray, float]]) -> float:
+    """Total variance (trace of the covariance) of the tokens whose moments these are."""
+    count = sum(n for n, _, _ in parts)
+    mean_D = sum(total_D for _, total_D, _ in parts) / count
+    return max(sum(squares for _, _, squares in parts) / count - float((mean_D**2).sum()), 0.0)
 
 
 def encode_command(
@@ -186,13 +221,17 @@ def encode_command(
             image = read_image(path, spec, bands)
             task = progress.add_task(escape(image.path.name), total=None)
             encoded = encode_image(
-                encoder, image, image_size, patch_kernel, progress=lambda done, task=task: progress.advance(task, done)
+                encoder,
+                image,
+                image_size,
+                patch_kernel,
+                progress=lambda done, total, task=task: progress.update(task, completed=done, total=total),
             )
             progress.remove_task(task)
             skipped += encoded.skipped
             rows += _rows(image, encoded)
             picture = _free_name(out, image.path, pictures)
-            draw_quicklook(picture, image, encoded.windows, encoded.tokens, name)
+            draw_quicklook(picture, image, encoded.windows, encoded.tokens, encoded.image_share, name)
             pictures.append(picture)
             _add_to_report(report, image, encoded)
             for note in image.notes:
@@ -295,7 +334,7 @@ def _write_parquet(out: Path, rows: list[dict[str, Any]], metadata: dict[str, st
 
 
 def _report_table(sensor: Sensor) -> Table:
-    table = Table(title=f"Read as {sensor.name} ({sensor.channels} bands, {sensor.units})")
+    table = Table(title=f"Read as {sensor.name} (bands: {sensor.channels}; units: {sensor.units})")
     table.add_column("image", overflow="fold")
     for column in ("size px", "pixel", "bands", "place", "date", "missing", "windows", "tokens"):
         table.add_column(column)
@@ -304,13 +343,12 @@ def _report_table(sensor: Sensor) -> Table:
 
 def _add_to_report(table: Table, image: Image, encoded: EncodedImage) -> None:
     unknown = "[yellow]not found[/]"
-    lat, lon = f"{abs(image.lat):.3f} {'NS'[image.lat < 0]}", f"{abs(image.lon):.3f} {'EW'[image.lon < 0]}"
     table.add_row(
         escape(image.path.name),
         f"{image.array_CHW.shape[2]} x {image.array_CHW.shape[1]}",
         unknown if math.isnan(image.pixel_area_km2) else f"{image.gsd_m:.4g} m",
         str(image.sensor.channels),
-        unknown if math.isnan(image.lon) else f"{lat}, {lon}",
+        place_text(image) or unknown,
         f"{image.acquired:%Y-%m-%d}" if image.acquired else unknown,
         f"{image.missing:.1%}",
         str(len(encoded.windows)),

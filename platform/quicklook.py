@@ -68,7 +68,7 @@ def component_map(
     """The first three principal components of the tokens as RGB in 0..1, at every ``step``-th pixel of the image.
 
     Components are found over the tokens that see valid pixels, each is interpolated to its window's pixels
-    (bilinear), windows that overlap are averaged, and each component is stretched on its own.
+    (bilinear), windows that overlap fade into each other, and each component is stretched on its own.
 
     Args:
         shape: (H, W) of the image.
@@ -78,32 +78,44 @@ def component_map(
     Returns:
         (H', W', 3) with NaN where no window or no value lies, and the components' shares of the variance (3,).
     """
-    seen = []
-    for window, tokens_Dhw in zip(windows, tokens, strict=True):
-        valid = torch.from_numpy(valid_HW[window.slices].astype(np.float32))
-        share_hw = F.adaptive_avg_pool2d(valid[None], tokens_Dhw.shape[1:])[0].numpy()
-        seen.append(tokens_Dhw[:, share_hw > 0.5].T if (share_hw > 0.5).any() else tokens_Dhw[:, share_hw > 0].T)
-    mean_D, axes_DK, shares = principal_components(np.concatenate(seen))
-
+    mean_D, axes_DK, shares = principal_components(_seen_tokens(windows, tokens, valid_HW))
     height, width = (-(-side // step) for side in shape)
     total_HWK = np.zeros((height, width, axes_DK.shape[1]))
-    count_HW = np.zeros((height, width))
+    weight_HW = np.zeros((height, width))
     for window, tokens_Dhw in zip(windows, tokens, strict=True):
         scores_Khw = np.einsum("dhw,dk->khw", tokens_Dhw - mean_D[:, None, None], axes_DK)
         rows = slice(window.row // step, min(height, -(-(window.row + window.height) // step)))
         cols = slice(window.col // step, min(width, -(-(window.col + window.width) // step)))
         size = (rows.stop - rows.start, cols.stop - cols.start)
         smooth_KHW = F.interpolate(torch.from_numpy(scores_Khw)[None], size=size, mode="bilinear")[0].numpy()
-        total_HWK[rows, cols] += smooth_KHW.transpose(1, 2, 0)
-        count_HW[rows, cols] += 1
-    hidden_HW = (count_HW == 0) | ~valid_HW[::step, ::step]
+        ramp_H, ramp_W = (1 + np.minimum(np.arange(side), np.arange(side)[::-1]) for side in size)
+        fade_HW = ramp_H[:, None] * ramp_W[None, :]
+        total_HWK[rows, cols] += smooth_KHW.transpose(1, 2, 0) * fade_HW[..., None]
+        weight_HW[rows, cols] += fade_HW
+    hidden_HW = (weight_HW == 0) | ~valid_HW[::step, ::step]
     rgb_HW3 = np.full((height, width, 3), 0.5)
     for k in range(axes_DK.shape[1]):
-        with np.errstate(invalid="ignore"):
-            component_HW = np.where(hidden_HW, np.nan, total_HWK[..., k] / count_HW)
-        rgb_HW3[..., k] = stretch(component_HW)
+        component_HW = total_HWK[..., k] / np.maximum(weight_HW, 1)
+        rgb_HW3[..., k] = stretch(np.where(hidden_HW, np.nan, component_HW))
     rgb_HW3[hidden_HW] = np.nan
     return rgb_HW3, shares
+
+
+def _seen_tokens(windows: Sequence[Window], tokens: Sequence[np.ndarray], valid_HW: np.ndarray) -> np.ndarray:
+    """The tokens (N, D) that see any valid pixel."""
+    seen = []
+    for window, tokens_Dhw in zip(windows, tokens, strict=True):
+        valid_1HW = torch.from_numpy(valid_HW[window.slices].astype(np.float32))[None]
+        share_hw = F.adaptive_avg_pool2d(valid_1HW, tokens_Dhw.shape[1:])[0].numpy()
+        seen.append(tokens_Dhw[:, share_hw > 0].T)
+    return np.concatenate(seen)
+
+
+def place_text(image: Image) -> str:
+    """Such as ``38.946 S, 177.742 E``; empty where the place is unknown."""
+    if math.isnan(image.lon):
+        return ""
+    return f"{abs(image.lat):.3f} {'NS'[image.lat < 0]}, {abs(image.lon):.3f} {'EW'[image.lon < 0]}"
 
 
 def _visible_bands(sensor: Sensor) -> list[int]:
@@ -163,9 +175,20 @@ def _draw_image(axes: Any, figure: Figure, image: Image, step: int) -> str:
 
 
 def draw_quicklook(
-    path: Path, image: Image, windows: Sequence[Window], tokens: Sequence[np.ndarray], encoder: str
+    path: Path,
+    image: Image,
+    windows: Sequence[Window],
+    tokens: Sequence[np.ndarray],
+    image_share: float,
+    encoder: str,
 ) -> None:
-    """Writes a PNG: the image (true colour, false colour, hill shade or one variable's values) and its tokens."""
+    """Writes a PNG: the image (true colour, false colour, hill shade or one variable's values) and its tokens.
+
+    Args:
+        tokens: of each window, (D, h, w), position and place taken off (see `encode_image`).
+        image_share: how much is left of the tokens' variance.
+        encoder: named in the title.
+    """
     valid_HW = np.isfinite(image.array_CHW).any(axis=0)
     shape = (image.array_CHW.shape[1], image.array_CHW.shape[2])
     step = -(-max(shape) // _LONGEST_SIDE)
@@ -176,26 +199,20 @@ def draw_quicklook(
     left, right = figure.subplots(1, 2)
     left.set_title(_draw_image(left, figure, image, step), fontsize=10)
     right.imshow(_on_grey(rgb_HW3))
-    right.set_title("first three principal components of the tokens", fontsize=10)
-    for k, (share, colour) in enumerate(zip(shares, ("tab:red", "tab:green", "tab:blue"), strict=False)):
-        right.text(
-            0.02 + 0.33 * k,
-            -0.03,
-            f"{('red', 'green', 'blue')[k]}: PC{k + 1}, {share:.0%} of variance",
-            transform=right.transAxes,
-            color=colour,
-            fontsize=8,
-            va="top",
-        )
+    right.set_title("first three principal components of the tokens, less position and place", fontsize=10)
+    for k, (share, colour) in enumerate(zip(shares, ("red", "green", "blue"), strict=False)):
+        label = f"{colour}: PC{k + 1} ({share:.0%})"
+        right.text(k / 3, -0.03, label, transform=right.transAxes, color=f"tab:{colour}", fontsize=8, va="top")
+    left_over = f"variance over that of the tokens with position and place: {image_share:.2g}"
+    right.text(0, -0.08, left_over, transform=right.transAxes, fontsize=8, va="top")
     for axes in (left, right):
         axes.set_xticks([])
         axes.set_yticks([])
     count = sum(t.shape[1] * t.shape[2] for t in tokens)
-    place = "place unknown" if math.isnan(image.lon) else f"{image.lat:.3f} N, {image.lon:.3f} E"
     date = "date unknown" if image.acquired is None else image.acquired.strftime("%Y-%m-%d")
     figure.suptitle(
-        f"{image.path.name}\n{image.sensor.name}   {shape[1]} x {shape[0]} px   {place}   {date}\n"
-        f"{count} tokens in {len(windows)} windows, {encoder}",
+        f"{image.path.name}\n{image.sensor.name}   {shape[1]} x {shape[0]} px   {place_text(image) or 'place unknown'}"
+        f"   {date}\n{count} tokens in {len(windows)} window{'s' * (len(windows) > 1)}, {encoder}",
         fontsize=9,
     )
     part = path.with_name(f".{path.name}.part")
