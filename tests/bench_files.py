@@ -37,7 +37,8 @@ def write_cloud(root: Path, counts: dict[str, int], size: int = 48, seed: int = 
     rng = np.random.default_rng(seed)
     for split, count in counts.items():
         names = [
-            f"S3A_OL_1_EFR____202007{i + 1:02d}T154217_20200703T154517_{split}_002_01_01.tif" for i in range(count)
+            f"S3A_OL_1_EFR____202007{i % 28 + 1:02d}T154217_20200703T154517_{split}{i:03d}_002_01_01.tif"
+            for i in range(count)
         ]
         for name in names:
             label = np.ones((1, size, size), np.uint8)
