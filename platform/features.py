@@ -159,7 +159,7 @@ def encoder_identity(encoder: Encoder, sensor: Sensor, size: int) -> str:
     for name, value in sorted(encoder.state_dict().items()):
         array = value.detach().cpu().contiguous()
         digest.update(f"{name}\0{array.dtype}\0{tuple(array.shape)}\0".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy())
+        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
     rng = generator("encoder identity")
     image = torch.from_numpy(rng.standard_normal((1, sensor.channels, size, size), np.float32))
     metadata = torch.tensor([[7.0, 47.0, 18262.0, sensor.token_area_km2]])
@@ -170,7 +170,8 @@ def encoder_identity(encoder: Encoder, sensor: Sensor, size: int) -> str:
         ]
     for answer in answers:
         values = answer.flatten()[:16].cpu().double()
-        digest.update(torch.round(values / values.abs().max().clamp(min=1e-30) * 64).to(torch.int8).numpy())
+        rounded = torch.round(values / values.abs().max().clamp(min=1e-30) * 64).to(torch.int8)
+        digest.update(rounded.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -248,7 +249,7 @@ def _encode(
     task, samples = dataset.task, len(dataset)
     sensors = task.sensors(dataset.preset)
     dtype = np.dtype(np.float16 if task.dense else np.float32)
-    levels: list[np.ndarray] = []
+    levels: list[np.memmap] = []
     targets = []
     for start in range(0, samples, batch_size):
         batch = [dataset[i] for i in range(start, min(start + batch_size, samples))]

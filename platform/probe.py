@@ -138,7 +138,7 @@ def run_probe(
     best: dict[str, float] = {}
     best_epoch, best_state = 0, head.state_dict()
     for epoch in range(1, settings.epochs + 1):
-        lr = schedule.get_last_lr()[0]
+        lr = float(schedule.get_last_lr()[0])
         loss = _train_epoch(head, train, task, settings, seed, epoch, optimiser, schedule, device)
         if not math.isfinite(loss):
             if not best:
