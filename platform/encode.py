@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from copernicus.datasets.geotiff import Image, read_image, resample
@@ -102,7 +103,8 @@ def encode_image(
     size = image_size or sensor.image_size
     if sensor.patch_kernel > size:
         raise InputError(f"patches of {sensor.patch_kernel} pixels do not fit windows of {size}; give a smaller kernel")
-    everything = cut_windows(*image.array_CHW.shape[1:], size)
+    height, width = image.array_CHW.shape[1:]
+    everything = cut_windows(height, width, size)
     windows = [w for w in everything if np.isfinite(image.array_CHW[(slice(None), *w.slices)]).any()]
     # Pretraining gives every elevation model one date, and so is an undated one here.
     days = DEM_DAYS if sensor.name == "dem" and math.isnan(image.days) else image.days
@@ -137,7 +139,7 @@ def encode_image(
         metadata=np.array(rows),
         embeddings=np.concatenate(embeddings),
         tokens=tokens,
-        image_share=content / max(raw, np.finfo(np.float32).tiny),
+        image_share=content / raw if raw > 0 else 0.0,
         skipped=len(everything) - len(windows),
     )
 
@@ -151,7 +153,7 @@ def _moments(tokens_BDhw: torch.Tensor) -> tuple[int, np.ndarray, float]:
 def _variance(parts: Sequence[tuple[int, np.ndarray, float]]) -> float:
     """Total variance (trace of the covariance) of the tokens whose moments these are."""
     count = sum(n for n, _, _ in parts)
-    mean_D = sum(total_D for _, total_D, _ in parts) / count
+    mean_D = np.sum([total_D for _, total_D, _ in parts], axis=0) / count
     return max(sum(squares for _, _, squares in parts) / count - float((mean_D**2).sum()), 0.0)
 
 
@@ -220,13 +222,7 @@ def encode_command(
         for path in images:
             image = read_image(path, spec, bands)
             task = progress.add_task(escape(image.path.name), total=None)
-            encoded = encode_image(
-                encoder,
-                image,
-                image_size,
-                patch_kernel,
-                progress=lambda done, total, task=task: progress.update(task, completed=done, total=total),
-            )
+            encoded = encode_image(encoder, image, image_size, patch_kernel, partial(_show, progress, task))
             progress.remove_task(task)
             skipped += encoded.skipped
             rows += _rows(image, encoded)
@@ -264,6 +260,10 @@ def encode_command(
         quicklooks=tuple(pictures),
         seconds=time.monotonic() - began,
     )
+
+
+def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
 
 
 def _check_all(images: Sequence[Path | str], sensor: Sensor, bands: Sequence[str] | None) -> None:
