@@ -23,6 +23,7 @@ DAYS = (1.0, 365.25)
 
 
 @functools.cache
+@torch.inference_mode(False)  # a tensor made in inference mode could not serve training later
 def _angular_frequencies(lower: float, upper: float, count: int) -> Tensor:
     wavelengths = torch.logspace(math.log10(lower), math.log10(upper), count, base=10, dtype=torch.float64)
     return 2 * math.pi / wavelengths

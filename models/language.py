@@ -60,6 +60,7 @@ class LanguageTable:
             raise InputError(f"language embeddings: {path} holds a {type(vectors).__name__}, not a dict of vectors")
         return cls(vectors)
 
+    @torch.inference_mode(False)  # a tensor made in inference mode could not serve training later
     def vector(self, name: str) -> Tensor:
         """The embedding of a name: (2048,) float32 on the CPU."""
         if name not in self._vectors:

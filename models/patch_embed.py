@@ -23,6 +23,7 @@ KERNEL_SCALE = 0.01
 
 
 @functools.cache
+@torch.inference_mode(False)  # a tensor made in inference mode could not serve training later
 def kernel_resize_matrix(size_from: tuple[int, int], size_to: tuple[int, int], device: str = "cpu") -> Tensor:
     """The matrix that turns a flattened kernel of one size into that of another: (to_p*to_q, from_p*from_q) float32.
 
@@ -90,6 +91,7 @@ class WeightGenerator(nn.Module):
 
 
 @functools.cache
+@torch.inference_mode(False)
 def _spectral_code(wavelengths_nm: tuple[float, ...], bandwidths_nm: tuple[float, ...], device: str) -> Tensor:
     if device != "cpu":
         return _spectral_code(wavelengths_nm, bandwidths_nm, "cpu").to(device)

@@ -1,0 +1,327 @@
+"""The masked autoencoder against the public implementation's step (tests/goldens) and against independent sums."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from copernicus.datasets.sensors import SENSORS, InputError, Sensor
+from copernicus.models.distillation import DISTILL_WEIGHT, distillation_loss
+from copernicus.models.draws import draw_step
+from copernicus.models.language import LanguageTable
+from copernicus.models.masked_autoencoder import MaskedAutoencoder, parameter_groups, patchify, unpatchify
+from copernicus.models.vit import CopernicusFMViT
+
+GOLDENS = Path(__file__).parent / "goldens"
+sys.path.insert(0, str(GOLDENS))
+from hashrand import hash_uniform, small_weight  # noqa: E402
+
+INDEX = json.loads((GOLDENS / "index.json").read_text())["mae"]
+CONFIG = INDEX["configs"]["normpix"]
+INPUTS = load_file(GOLDENS / "mae_inputs.safetensors")
+EXPECTED = load_file(GOLDENS / "mae_normpix.safetensors")
+LANGUAGE = LanguageTable({SENSORS[k.split("/")[1]].variable: v for k, v in INPUTS.items() if k.startswith("language/")})
+SMALL = {
+    "image_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 4,
+    "decoder_embed_dim": 20, "decoder_depth": 1, "decoder_num_heads": 4,
+}  # fmt: skip
+SAMPLES = {name: INPUTS[name].float() for name in SENSORS}
+METADATA = {name: torch.tensor(CONFIG["metas_after_forward"][name]) for name in SENSORS}
+NOISE = {name: EXPECTED[f"{name}/noise"] for name in SENSORS}
+CHANNELS = {name: EXPECTED[f"{name}/selected_channels"].tolist() for name in ("s2_toa", "s3_olci")}
+
+
+def stand_in_teacher(rgb):
+    weight, bias = (
+        torch.from_numpy(small_weight(f"teacher.proj.{k}", s)) for k, s in (("weight", (768, 3)), ("bias", (768,)))
+    )
+    pooled = torch.nn.functional.avg_pool2d(rgb, 14, 14).flatten(2).transpose(1, 2)
+    return torch.tanh(pooled @ weight.T + bias)
+
+
+def published_model():
+    model = MaskedAutoencoder(**SMALL, published=True, distill_dim=768, language=LANGUAGE)
+    model.load_state_dict({k: torch.from_numpy(small_weight(k, v.shape)) for k, v in model.state_dict().items()})
+    return model
+
+
+@functools.cache
+def published_step():
+    """The published model after a whole forward and backward pass; its losses; its sensors' results."""
+    model = published_model()
+    mae = model(SAMPLES, SENSORS, METADATA, NOISE, CHANNELS)
+    distill = DISTILL_WEIGHT * distillation_loss(model, stand_in_teacher, SAMPLES["s2_toa"], METADATA["s2_toa"]).mean()
+    total = mae["loss"] + distill
+    total.backward()
+    with torch.no_grad():
+        results = {
+            name: model.forward_sensor(SAMPLES[name], SENSORS[name], METADATA[name], NOISE[name], CHANNELS.get(name))
+            for name in SENSORS
+        }
+    return model, {"loss_total": total, "loss_mae": mae["loss"], "loss_distill": distill}, mae, results
+
+
+def test_names_and_shapes_are_the_published_ones():
+    expected = {k: tuple(v) for k, v in INDEX["state_dict"].items() if not k.startswith("teacher.")}
+    assert {k: tuple(v.shape) for k, v in published_model().state_dict().items()} == expected
+
+
+@pytest.mark.parametrize("name", SENSORS)
+def test_a_sensor_s_step_equals_the_published_implementation(name):
+    _, _, losses, results = published_step()
+    result = results[name]
+    torch.testing.assert_close(result.mask_BL, EXPECTED[f"{name}/mask"], atol=0, rtol=0)
+    torch.testing.assert_close(result.latent_BTD, EXPECTED[f"{name}/latent"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.pred_BLV, EXPECTED[f"{name}/pred"], atol=2e-6, rtol=0)
+    torch.testing.assert_close(losses[name].reshape(1), EXPECTED[f"{name}/loss"], atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["loss_total", "loss_mae", "loss_distill"])
+def test_losses_equal_the_published_implementation(name):
+    torch.testing.assert_close(published_step()[1][name].reshape(1), EXPECTED[name], atol=0, rtol=1e-5)
+
+
+def test_the_student_sees_the_published_tokens():
+    model = published_model()
+    rgb = SENSORS["s2_toa"].select((3, 2, 1))
+    tokens, _ = model.forward_tokens(SAMPLES["s2_toa"][:, [3, 2, 1]], METADATA["s2_toa"], sensor=rgb)
+    order = EXPECTED["s2_toa_rgb/noise"].argsort(dim=1)[..., None].expand(-1, -1, tokens.shape[2])
+    shuffled = torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, order)], dim=1)
+    torch.testing.assert_close(shuffled, EXPECTED["s2_toa_rgb/latent"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        stand_in_teacher(SAMPLES["s2_toa"][:, [3, 2, 1]]).mean(dim=1), EXPECTED["teacher_z_t"], atol=1e-5, rtol=0
+    )
+
+
+def test_gradients_equal_the_published_implementation():
+    model = published_step()[0]
+    for name, parameter in model.named_parameters():
+        expected = CONFIG["grads"][name]
+        if expected is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        assert float(parameter.grad.norm()) == pytest.approx(expected["l2"], rel=1e-4), name
+        probe = float((parameter.grad * torch.from_numpy(hash_uniform(f"probe/{name}", parameter.shape))).sum())
+        assert probe == pytest.approx(expected["probe"], abs=1e-4 * expected["l2"]), name
+    for key in (k for k in EXPECTED if k.startswith("grad/")):
+        grad = model.get_parameter(key.removeprefix("grad/")).grad
+        torch.testing.assert_close(grad, EXPECTED[key], atol=1e-4 * float(EXPECTED[key].abs().max()), rtol=0)
+
+
+def test_one_step_of_adamw_equals_the_published_implementation():
+    model = published_model()
+    model.load_state_dict(published_step()[0].state_dict())
+    for parameter, stepped in zip(model.parameters(), published_step()[0].parameters(), strict=True):
+        parameter.grad = stepped.grad
+    step = CONFIG["after_one_adamw_step"]
+    groups = parameter_groups(model, step["weight_decay"])
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in groups[1]["params"]} <= set(CONFIG["no_decay"])
+    unused = {n for n in CONFIG["decay"] if n.startswith("teacher.") or ("decoder_pred" in n and "fc_bias" in n)}
+    assert {names[id(p)] for p in groups[0]["params"]} == set(CONFIG["decay"]) - unused
+    torch.optim.AdamW(groups, lr=step["lr"], betas=tuple(step["betas"]), eps=step["eps"]).step()
+    for name, parameter in model.named_parameters():
+        expected = step["params"][name]
+        assert float(parameter.detach().norm()) == pytest.approx(expected["l2"], rel=1e-4), name
+        probe = float((parameter.detach() * torch.from_numpy(hash_uniform(f"probe/{name}", parameter.shape))).sum())
+        assert probe == pytest.approx(expected["probe"], abs=1e-4 * expected["l2"]), name
+
+
+def small_model(**options):
+    return MaskedAutoencoder(**{**SMALL, **options})
+
+
+def test_patches_are_ordered_row_column_channel():
+    image = torch.arange(2 * 4 * 6).float().reshape(1, 2, 4, 6)
+    patches = patchify(image, 2)
+    assert patches.shape == (1, 6, 8)
+    expected = [image[0, c, 2 + i, 4 + j] for i in range(2) for j in range(2) for c in range(2)]
+    assert patches[0, 5].tolist() == expected
+    assert torch.equal(unpatchify(patches, (2, 3), 2), image)
+    with pytest.raises(InputError, match="multiples"):
+        patchify(image, 4)
+
+
+@torch.no_grad()
+def test_default_and_published_decoder_agree_on_one_channel_and_differ_on_more():
+    ours, theirs = small_model(published=False), small_model(published=True)
+    for name in ("s5p_co", "s2_toa"):
+        results = [m.forward_sensor(SAMPLES[name], SENSORS[name], METADATA[name], NOISE[name]) for m in (ours, theirs)]
+        if SENSORS[name].channels == 1:
+            assert torch.equal(results[0].pred_BLV, results[1].pred_BLV)
+        else:
+            # The published values are the same numbers, ordered (channel, row, column).
+            channel_first = results[1].pred_BLV.unflatten(2, (13, 256)).transpose(2, 3).flatten(2)
+            torch.testing.assert_close(results[0].pred_BLV, channel_first, atol=1e-6, rtol=0)
+            assert (results[0].pred_BLV - results[1].pred_BLV).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_channel_is_predicted_by_its_own_generated_weights():
+    """Swapping two bands of the image and of the sensor swaps them in the reconstruction, and leaves the loss."""
+    model = small_model(norm_pix_loss=False)
+    sensor = SENSORS["s2_toa"].select((1, 3, 7))
+    image, noise, metadata = SAMPLES["s2_toa"][:, [1, 3, 7]], NOISE["s2_toa"], METADATA["s2_toa"]
+    loss = model.forward_sensor(image, sensor, metadata, noise).loss_B
+    _, made = model.reconstruct(image, sensor, metadata, noise)
+    order = [2, 0, 1]
+    swapped_loss = model.forward_sensor(image[:, order], sensor.select(order), metadata, noise).loss_B
+    _, swapped = model.reconstruct(image[:, order], sensor.select(order), metadata, noise)
+    torch.testing.assert_close(swapped, made[:, order], atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss, swapped_loss, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@torch.no_grad()
+def test_loss_is_the_error_of_the_hidden_pixels(norm_pix_loss):
+    """Against a sum over pixels of the reconstruction, patch by patch, without patchify."""
+    model = small_model(norm_pix_loss=norm_pix_loss)
+    image, sensor, noise = SAMPLES["s1_grd"] + 3, SENSORS["s1_grd"], NOISE["s1_grd"]
+    result = model.forward_sensor(image, sensor, None, noise)
+    masked, made = model.reconstruct(image, sensor, None, noise)
+    for row in range(2):
+        kept = set(noise[row].argsort()[:4].tolist())
+        errors = []
+        for patch in range(16):
+            window = (
+                row,
+                slice(None),
+                slice(patch // 4 * 16, patch // 4 * 16 + 16),
+                slice(patch % 4 * 16, patch % 4 * 16 + 16),
+            )
+            if patch in kept:
+                assert torch.equal(masked[window], image[window])
+                assert torch.equal(made[window], image[window])
+                continue
+            assert masked[window].isnan().all()
+            error = made[window] - image[window]
+            if norm_pix_loss:
+                error = error / (image[window].var() + 1e-6).sqrt()
+            errors.append(float(error.square().mean()))
+        assert float(result.loss_B[row]) == pytest.approx(sum(errors) / 12, rel=1e-5)
+
+
+def test_rows_without_a_sensor_count_for_nothing():
+    model = small_model()
+    present = {"s1_grd": torch.tensor([True, False]), "s2_toa": torch.tensor([True, True])}
+    names = list(present)
+    samples = {name: SAMPLES[name].clone() for name in names}
+    samples["s1_grd"][1] = torch.nan
+    losses = model(samples, SENSORS, METADATA, NOISE, CHANNELS, present)
+    losses["loss"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    with torch.no_grad():
+        rows = {
+            name: model.forward_sensor(
+                SAMPLES[name], SENSORS[name], METADATA[name], NOISE[name], CHANNELS.get(name)
+            ).loss_B
+            for name in names
+        }
+    first = (rows["s1_grd"][0] + rows["s2_toa"][0]) / 2
+    torch.testing.assert_close(losses["loss"].detach(), (first + rows["s2_toa"][1]) / 2, atol=1e-6, rtol=0)
+    torch.testing.assert_close(losses["s1_grd"], rows["s1_grd"][0], atol=1e-6, rtol=0)
+    nobody = {name: torch.tensor([False, False]) for name in names}
+    nothing = model(samples, SENSORS, METADATA, NOISE, CHANNELS, nobody)
+    assert float(nothing["loss"]) == 0
+    assert nothing["s1_grd"].isnan()
+
+
+def test_every_trained_parameter_gets_a_gradient_in_every_step():
+    model = small_model()
+    model(SAMPLES, SENSORS, METADATA, NOISE, CHANNELS)["loss"].backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_tokens_for_unknown_metadata_are_trained_by_the_rows_that_lack_it():
+    model = small_model()
+    metadata = METADATA["s1_grd"].clone()
+    metadata[1, 2] = torch.nan
+    model.forward_sensor(SAMPLES["s1_grd"], SENSORS["s1_grd"], metadata, NOISE["s1_grd"]).loss_B.sum().backward()
+    assert float(model.time_token.grad.norm()) > 0
+    assert float(model.time_token_dec.grad.norm()) > 0
+    assert float(model.coord_token.grad.norm()) == 0
+
+
+@pytest.mark.parametrize("global_pool", [True, False])
+def test_the_encoder_comes_out_whole(global_pool):
+    model = published_model()
+    encoder = CopernicusFMViT(
+        image_size=64, embed_dim=32, depth=2, num_heads=4, global_pool=global_pool, language=LANGUAGE
+    )
+    encoder.load_state_dict(model.encoder_state_dict(global_pool), strict=True)
+    image, sensor, metadata = SAMPLES["s3_olci"], SENSORS["s3_olci"], METADATA["s3_olci"]
+    with torch.no_grad():
+        tokens = model.norm(model.forward_tokens(image, metadata, sensor=sensor)[0])
+        features = encoder.encode(image, sensor, metadata, normalize=False)
+    if not global_pool:
+        torch.testing.assert_close(features, tokens[:, 0], atol=1e-6, rtol=0)
+    assert torch.equal(encoder.get_parameter("fc_norm.weight" if global_pool else "norm.weight"), model.norm.weight)
+
+
+def test_training_lowers_the_loss():
+    """Stripes, whose hidden patches can be told from the visible ones: 60 steps take the loss well below 1."""
+    torch_state = torch.random.get_rng_state()
+    rng = torch.Generator().manual_seed(0)
+    model = small_model(norm_pix_loss=False, seed=1)
+    optimiser = torch.optim.AdamW(parameter_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.95))
+    sensor = Sensor("pair", wavelengths_nm=(500, 800), bandwidths_nm=(50, 50))
+    row = torch.arange(64) / 64
+    losses = []
+    for _ in range(60):
+        phase = torch.rand(8, 1, generator=rng) * 6.283
+        wave = 1.414 * torch.sin(6.283 * 4 * row + phase)  # period: one patch
+        image = wave[:, None, :, None].expand(8, 2, 64, 64)
+        loss = model.forward_sensor(image, sensor, None, torch.rand(8, 16, generator=rng)).loss_B.mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(1.0, abs=0.1)
+    assert sum(losses[-5:]) / 5 < 0.5
+    assert torch.equal(torch_state, torch.random.get_rng_state())
+
+
+def test_images_with_too_few_tokens_are_refused():
+    with pytest.raises(InputError, match="larger images"):
+        small_model().forward_sensor(torch.zeros(1, 2, 16, 16), SENSORS["s1_grd"], None, torch.zeros(1, 1))
+    with pytest.raises(InputError, match="noise"):
+        small_model().forward_sensor(SAMPLES["s1_grd"], SENSORS["s1_grd"], None, torch.zeros(2, 4))
+
+
+def test_draws_follow_the_grid_whoever_meets_it():
+    grids = ["0200599", "0100001"]
+    draws = draw_step(SAMPLES, SENSORS, METADATA, grids, seed=3, epoch=1, drop_prob=0.3)
+    turned = draw_step(
+        {k: v.flip(0) for k, v in SAMPLES.items()}, SENSORS, {k: v.flip(0) for k, v in METADATA.items()},
+        grids[::-1], seed=3, epoch=1, drop_prob=0.3,
+    )  # fmt: skip
+    later = draw_step(SAMPLES, SENSORS, METADATA, grids, seed=3, epoch=2, drop_prob=0.3)
+    for name in SENSORS:
+        assert torch.equal(draws.noise[name], turned.noise[name].flip(0))
+        assert torch.equal(draws.metadata[name].isnan(), turned.metadata[name].flip(0).isnan())
+        assert not torch.equal(draws.noise[name], later.noise[name])
+        assert not METADATA[name].isnan().any()
+    assert set(draws.channels) == {"s2_toa", "s3_olci"}
+    assert not torch.equal(draws.noise["s5p_co"], draws.noise["s5p_o3"])
+
+
+def test_draws_have_the_shares_they_should():
+    grids = [f"{i:07d}" for i in range(400)]
+    samples = {"s2_toa": torch.empty(400, 13, 32, 32, device="meta")}
+    metadata = {"s2_toa": torch.zeros(400, 4)}
+    draws = draw_step(samples, SENSORS, metadata, grids, seed=0, epoch=0, drop_prob=0.25)
+    dropped = draws.metadata["s2_toa"].isnan()
+    assert torch.equal(dropped[:, 0], dropped[:, 1])
+    for column in (0, 2, 3):  # binomial(400, 0.25): deviation 0.022
+        assert 0.16 < float(dropped[:, column].float().mean()) < 0.34
+    assert float(draws.noise["s2_toa"].mean()) == pytest.approx(0.5, abs=0.05)
+    counts = [
+        len(draw_step(samples, SENSORS, metadata, [g] * 400, seed=0, epoch=e).channels["s2_toa"])
+        for e, g in enumerate(grids[:40])
+    ]
+    assert min(counts) == 9
+    assert max(counts) == 13
