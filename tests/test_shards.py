@@ -8,7 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from copernicus.datasets import shards
+
+import copernicus.datasets.shards as shards
 from copernicus.datasets.sensors import InputError
 from copernicus.datasets.shards import Grid
 
