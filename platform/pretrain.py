@@ -5,14 +5,16 @@ Shapes: B rows of this rank's share, C channels, S sensors, L tokens.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -365,7 +367,7 @@ def pretrain(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
         ),
     )
-    with _Listener(mailbox, steps, on_metrics, on_progress):
+    with _Listener(mailbox, steps, on_metrics, on_progress), _interruptible():
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -399,6 +401,21 @@ def check_resources(settings: Pretrain, available: dict[str, float]) -> None:
             f"pretrain: {settings.workers} workers x {settings.gpus_per_worker} GPU, but the cluster has {gpus:g} GPUs; "
             "lower workers or gpus_per_worker"
         )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train answers Ctrl-C by aborting its workers and then exiting with 0, and leaves its handler behind; a command
+    should end as interrupted, and the next Ctrl-C should be Python's again."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if main else None
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _mailbox() -> Any:

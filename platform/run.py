@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -107,28 +106,17 @@ def make_miniature(settings: Miniature, console: Console) -> None:
     """Write the miniature Earth, or find it written already."""
     from copernicus.datasets.miniature import write_miniature
 
-    out = Path(settings.out)
-    manifest = out / "miniature.json"
-    wanted = {"grids": settings.grids, "seed": settings.seed, "scale": settings.scale, "format": 1}
-    if manifest.exists() and json.loads(manifest.read_text()) == wanted:
-        console.print(f"  found in {_short(out)}: {settings.grids} grids, seed {settings.seed}")
-        return
-    if manifest.exists():
-        raise InputError(
-            f"miniature.out: {out} holds another miniature Earth ({manifest.read_text().strip()}); name another folder or "
-            "remove it"
-        )
-    if out.exists():  # without a manifest it is what an interrupted run left, if it holds nothing else
-        foreign = sorted(p.name for p in out.iterdir() if p.name not in ("pretrain", "bench", "miniature.png"))
-        if foreign:
-            raise InputError(f"miniature.out: {out} holds other files ({', '.join(foreign[:3])}); name another folder")
-        shutil.rmtree(out)
     with progress_bar(console, "writing") as update:
         summary = write_miniature(
-            out, settings.grids, settings.seed, settings.scale, workers=os.cpu_count() or 1, progress=update
+            settings.out,
+            settings.grids,
+            settings.seed,
+            settings.scale,  # type: ignore[arg-type]
+            workers=os.cpu_count() or 1,
+            progress=lambda what, done, total: update(done, total, what),
         )
-    write_atomically(manifest, json.dumps(wanted))
-    console.print(f"  {summary}")
+    tasks = ", ".join(f"{name} {sum(splits.values())}" for name, splits in summary.samples.items())
+    console.print(f"  {summary.grids} grids in {len(summary.shards)} shards; tasks: {tasks}; in {_short(summary.folder)}")
 
 
 def _pretrain(
@@ -234,7 +222,7 @@ def _sweep(
         cell = trial.cell
         trial_tags = {
             "kind": "trial", "task": cell.task, "encoder": cell.name, "sweep": experiment.name, "role": trial.role,
-            "seed": trial.number if trial.role == "final" else experiment.seed, "weights": cell.weights,
+            "seed": trial.number if trial.role == "final" else str(experiment.seed), "weights": cell.weights,
             "trial_key": trial.key, "git_commit": git_commit(),
         }  # fmt: skip
         child = tracker.start(f"{cell.task} {cell.name} {trial.role} {trial.number}", trial_tags, run)

@@ -45,6 +45,9 @@ def silence() -> None:
     """Ray's own chatter off; errors stay."""
     for name in LOUD_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -5,8 +5,11 @@ Whatever is finished is on disk before the next thing starts, so that a resumed 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,7 @@ class Trial:
 
     cell: Cell
     role: str
-    number: int  # in the search; the seed in the final estimate
+    number: str  # Tune's own in the search; the seed in the final estimate
     settings: dict[str, float]
     metrics: dict[str, float]
     curve: list[dict[str, float]]  # per epoch
@@ -100,6 +103,7 @@ def sweep(
             on_progress(cell, "done")
         except Exception as error:
             failed[cell.key] = _last_line(error)
+            (folder / f"{cell.key}-error.txt").write_text(traceback.format_exc())
             on_progress(cell, "failed")
     if not scores:
         key, message = next(iter(failed.items()))
@@ -161,7 +165,7 @@ def _run_cell(
             (ready,), _ = ray.wait(list(running), num_returns=1)
             number = running.pop(ready)
             metrics, curve = ray.get(ready)
-            trial = Trial(cell, "final", number, best, metrics, curve)
+            trial = Trial(cell, "final", str(number), best, metrics, curve)
             journal.add(trial, on_trial(trial))
     rows = [(s, journal.rows[key]) for s, key in zip(seeds, wanted, strict=True)]
     metric = task.metric_key
@@ -207,9 +211,9 @@ def run_trial(
     given = {"epochs": settings.epochs} | ({"batch_size": settings.batch_size} if settings.batch_size else {})
     whole = {k: int(v) if k in ("epochs", "batch_size") else v for k, v in (given | chosen).items()}
     device = "cuda" if settings.gpus_per_trial else "cpu"
-    result = run_probe(features, task, ProbeSettings.for_task(task, **whole), seed, device=device)
+    result = run_probe(features, task, ProbeSettings.for_task(task, **whole), seed, test=final, device=device)
     metrics = {f"val/{k}": v for k, v in result.val.items()} | {"val/best_epoch": float(result.best_epoch)}
-    if final:
+    if result.test is not None:
         metrics |= {f"test/{k}": v for k, v in result.test.items()}
         metrics |= {f"samples/{split}": float(n) for split, n in result.samples.items()}
     return metrics, result.curves
@@ -235,16 +239,6 @@ def _search(
     if not settings.search:
         return {}
 
-    class Record(tune.Callback):
-        """Hands each finished trial on, on the driver."""
-
-        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            result = trial.last_result
-            number = trials.index(trial)
-            record = Trial(cell, "search", number, dict(trial.config), _numbers(result), result["curve"])
-            if record.key not in journal.rows:
-                journal.add(record, on_trial(record))
-
     def trainable(chosen: dict[str, float]) -> None:
         metrics, curve = run_trial(cell, settings, chosen, features, seed, final=False)
         tune.report({**metrics, "curve": curve})
@@ -255,13 +249,17 @@ def _search(
         from ray.tune.search.optuna import OptunaSearch
 
         searcher = OptunaSearch(metric=metric, mode=mode, seed=seed)
-    run_config = tune.RunConfig(name="tune", storage_path=str(folder), callbacks=[Record()], verbose=0)
+    run_config = tune.RunConfig(name="tune", storage_path=str(folder), callbacks=[_recorder(cell.key)], verbose=0)
     resources = {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}
     bounded = tune.with_resources(trainable, resources)
     path = folder / "tune"
-    if path.exists() and tune.Tuner.can_restore(str(path)):
-        tuner = tune.Tuner.restore(str(path), trainable=bounded, resume_unfinished=True, resume_errored=True)
-    else:
+    tuner = None
+    if path.exists():
+        try:
+            tuner = tune.Tuner.restore(str(path), trainable=bounded, resume_unfinished=True, resume_errored=True)
+        except Exception:  # killed before Tune had written its state whole: nothing of this search was finished
+            shutil.rmtree(path)
+    if tuner is None:
         config = tune.TuneConfig(
             metric=metric,
             mode=mode,
@@ -269,12 +267,44 @@ def _search(
             search_alg=searcher,
         )
         tuner = tune.Tuner(bounded, param_space=space, tune_config=config, run_config=run_config)
-    results = tuner.fit()
+
+    def record(number: str, chosen: dict[str, float], result: dict[str, Any]) -> None:
+        trial = Trial(cell, "search", number, chosen, _numbers(result), result["curve"])
+        if trial.key not in journal.rows:
+            journal.add(trial, on_trial(trial))
+
+    with _recording(cell.key, record):
+        results = tuner.fit()
     if results.num_errors == len(results):
         raise SweepFailed(f"all {len(results)} trials failed: {_last_line(results.errors[0])}")
     best = {k: float(v) for k, v in results.get_best_result(metric, mode).config.items()}
     done.write_text(json.dumps(best))
     return best
+
+
+_RECORDING: dict[str, Callable[[str, dict[str, float], dict[str, Any]], None]] = {}
+"""What hears of finished trials while a search runs, by cell: Tune pickles its callbacks, so they hold a key only."""
+
+
+@contextlib.contextmanager
+def _recording(key: str, record: Callable[[str, dict[str, float], dict[str, Any]], None]) -> Iterator[None]:
+    _RECORDING[key] = record
+    try:
+        yield
+    finally:
+        del _RECORDING[key]
+
+
+def _recorder(key: str) -> Any:
+    from ray import tune
+
+    class Recorder(tune.Callback):
+        """Hands each finished trial on, on the driver."""
+
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            _RECORDING[key](trial.trial_id, dict(trial.config), trial.last_result)
+
+    return Recorder()
 
 
 def _domain(space: Space, searcher: str) -> Any:
