@@ -79,8 +79,8 @@ def surface_no2(seed: int, surface: Surface) -> np.ndarray:
     near = gaussian_filter(surface.emission, 1.0 / km, mode="nearest")
     traffic = gaussian_filter((surface.cover == Cover.HIGHWAY).astype(np.float64), 1.5 / km, mode="nearest")
     terrain = surface.elevation - gaussian_filter(surface.elevation.astype(np.float64), 8.0 / km, mode="nearest")
-    still = 1 + 0.35 * np.tanh(-terrain / 60) + 0.02 * np.clip(12 - surface.temperature, -10, 20)
+    still = 1 + 0.5 * np.tanh(-terrain / 40) + 0.04 * np.clip(9 - surface.temperature, -10, 12)
     texture = plane_noise(stream(seed, "ground no2"), surface.window.east_m, surface.window.north_m, 15_000, 3)
     land = surface.cover != Cover.SEA_LAKE
-    level = (2.2 + 1.2 * land + 7.5 * near**0.85 + 6 * traffic) * np.clip(still, 0.5, 1.8) * (1 + 0.08 * texture)
+    level = (2.2 + 1.2 * land + 7.5 * near**0.85 + 14 * traffic) * np.clip(still, 0.4, 2.0) * (1 + 0.12 * texture)
     return np.maximum(level * np.exp(-surface.elevation / 3000), 0.3).astype(np.float32)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 
 from copernicus.datasets.miniature.noise import keyed_rng, plane_noise, stream
 from copernicus.datasets.miniature.planet import Cover, Surface, Window
@@ -256,16 +257,21 @@ def sky(seed: int, window: Window, days: float, cover: float, scene: int) -> Sky
     return Sky(cloud, shadow * (1 - cloud), haze, high)
 
 
-def reflectance(sensor: OpticalSensor, surface: Surface, days: float, air: Sky, gain: float = 1.0) -> np.ndarray:
+def reflectance(
+    sensor: OpticalSensor, surface: Surface, days: float, air: Sky, gain: float = 1.0, blur: float = 0.0
+) -> np.ndarray:
     """(band, H, W) reflectance at the top of the atmosphere.
 
     Args:
         gain: of the ground as a whole, for what a scene's viewing angle does.
+        blur: pixels, standard deviation; the ground is looked up at points, a wide pixel mixes what lies around.
     """
     bands = _BANDS[sensor]
     shares = materials(surface, days)
     size = shares.shape[1]
     ground = (bands.reflectance_BM @ shares.reshape(len(_MATERIALS), -1)).reshape(-1, size, size)
+    if blur:
+        ground = gaussian_filter(ground, (0, blur, blur), mode="nearest")
     zenith = sun_zenith_cosine(surface.window.lat, days)
     tangent = float(np.sqrt(1 - zenith**2) / zenith)
     south = 1 if surface.window.lat >= 0 else -1
@@ -294,7 +300,7 @@ def s2_toa(
 def s3_olci(seed: int, surface: Surface, days: float, scene: int, air: Sky) -> np.ndarray:
     """(21, H, W) float32 radiance, mW m-2 sr-1 nm-1."""
     rng = keyed_rng(seed, "s3", scene, int(days))
-    toa = reflectance("s3_olci", surface, days, air, rng.uniform(0.9, 1.1))
+    toa = reflectance("s3_olci", surface, days, air, rng.uniform(0.9, 1.1), blur=0.7)
     radiance = toa * (_SUN_S3 * sun_zenith_cosine(surface.window.lat, days) / np.pi)[:, None, None]
     noise = rng.normal(size=toa.shape).astype(np.float32) * (0.004 * radiance + 0.05)
     return np.maximum(radiance + noise, 0.05).astype(np.float32)

@@ -14,9 +14,17 @@ from functools import cached_property
 
 import numpy as np
 
-from copernicus.datasets.miniature.noise import hash_unit, plane_noise, sphere_noise, spline_matrix, stream
+from copernicus.datasets.miniature.noise import (
+    EARTH_RADIUS_KM,
+    hash_unit,
+    plane_noise,
+    sphere_noise,
+    spline_matrix,
+    stream,
+)
 
 METRES_PER_DEGREE = 111_320.0
+_EUROPE = np.array([np.cos(0.88) * np.cos(0.2), np.cos(0.88) * np.sin(0.2), np.sin(0.88)])  # 50.4 N, 11.5 E
 _NODE_SPACING_M = 3000.0  # of the wide fields in a window; their shortest wavelength is about 11 km
 
 
@@ -147,12 +155,16 @@ class Planet:
             return sphere_noise(self._key(purpose), unit_N3, wavelength_km, octaves, gain, ridged)
 
         continent = noise("continent", 7000, 9, 0.55)
+        # Every planet has a continent where Europe is, for maps of air quality are in Europe's projection.
+        from_europe_km = EARTH_RADIUS_KM * np.arccos(np.clip(unit_N3 @ _EUROPE, -1, 1))
+        europe = np.exp(-((from_europe_km / 2200) ** 2))
+        continent = continent * (1 - 0.75 * europe) + 0.6 * europe
         rugged = np.clip(noise("mountains", 1800, 6, ridged=True) * 2.6 - 0.75, 0, 1) * np.clip(continent * 2, 0, 1)
         land = 90 * np.clip(continent * 8, -1, 1) + 420 * np.maximum(continent, 0) ** 1.5
         elevation = np.where(continent > 0, land + 2600 * rugged**1.4, -3000 * np.tanh(-continent * 1.5))
         belts = 0.5 + 0.22 * np.cos(6 * phi) - 0.1 * np.cos(2 * phi) ** 8
         moisture = np.clip(belts + 0.2 * noise("moisture", 2500, 6), 0, 1)
-        sea_level_t = 27.5 - 46 * np.sin(phi) ** 2 + 2 * noise("temperature", 3000, 4)
+        sea_level_t = 27.5 - 30 * np.sin(phi) ** 2 - 18 * np.sin(phi) ** 6 + 2 * noise("temperature", 3000, 4)
         season = 1 + 17 * np.abs(np.sin(phi)) * np.clip(0.6 + 0.3 * continent, 0.4, 1.2)
         ground_t = sea_level_t - 0.0062 * np.maximum(elevation, 0)
         comfort = (

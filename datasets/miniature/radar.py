@@ -57,7 +57,7 @@ def backscatter_db(seed: int, surface: Surface, days: float, scene: int, flood: 
     level += np.where(water, 0.0, np.clip(-6.0 * surface.slope_east, -3.5, 3.5))
     level += np.where(water, wind + 0.6 * surface.broad, 0.0) * np.array([1.0, 0.5])[:, None, None]
     if flood is not None:
-        standing = np.array([-19.0, -26.0]) + wind * np.array([1.0, 0.5])
+        standing = np.array([-20.0, -26.5]) + 0.5 * wind  # shallow and sheltered
         smooth = standing[:, None, None] + 0.4 * surface.broad
         # Under trees and between houses the water is hidden, or doubles the echo.
         hidden = (cover == Cover.FOREST) | built

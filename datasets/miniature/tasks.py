@@ -154,8 +154,8 @@ def write_eurosat(planet: Planet, size: int, number: int, root: Path) -> str:
     surface = planet.surface(Window(lon, lat, size, 10.0))
     # Few scenes of EuroSAT are in deep winter or have clouds.
     summer = 200 if lat >= 0 else 17
-    days = _YEAR_START + int(summer + rng.normal(0, 60)) % 365
-    image = optical.s2_toa(planet.seed, surface, days, 1_000_000 + number, gain=rng.uniform(0.75, 1.25))
+    days = _YEAR_START + int(summer + rng.normal(0, 50)) % 365
+    image = optical.s2_toa(planet.seed, surface, days, 1_000_000 + number, gain=rng.uniform(0.85, 1.15))
     order = [SENSORS["s2_toa"].bands.index(band) for band in _EUROSAT_BANDS]
     name = f"{label}_{number // len(names) + 1}"
     epsg = (32600 if lat >= 0 else 32700) + int((lon + 180) // 6) % 60 + 1

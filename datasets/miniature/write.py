@@ -20,27 +20,59 @@ from copernicus.datasets.shards import shard_path, write_shard
 VERSION = 1
 """Of the planet. A change of the bytes that a seed gives raises it."""
 
-ScaleName = Literal["small", "full"]
-_CLASSIFY = (("train", 180), ("val", 80), ("test", 80))
-_DENSE = (("train", 60), ("val", 24), ("test", 24))
-_DENSE_FULL = (("train", 300), ("val", 100), ("test", 100))
-PRETRAIN_SCALES: dict[str, PretrainScale] = {
-    "small": PretrainScale(1, 2, 2, 4, 64, 32, 28, 192, 32),
-    "full": PretrainScale(4, 4, 8, 12, 264, 96, 28, 960, 100),
-}
-TASK_SCALES: dict[str, dict[str, TaskScale]] = {
-    "small": {
-        "eurosat_s2": TaskScale(64, _CLASSIFY),
-        "cloud_s3": TaskScale(64, _DENSE),
-        "flood_s1": TaskScale(64, _DENSE),
-        "aq_no2_s5p": TaskScale(56, _DENSE),
-    },
-    "full": {
-        "eurosat_s2": TaskScale(64, (("train", 1600), ("val", 500), ("test", 500))),
-        "cloud_s3": TaskScale(256, _DENSE_FULL),
-        "flood_s1": TaskScale(224, _DENSE_FULL),
-        "aq_no2_s5p": TaskScale(56, _DENSE_FULL),
-    },
+ScaleName = Literal["tiny", "small", "full"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of arrays and numbers of samples."""
+
+    pretrain: PretrainScale
+    tasks: dict[str, TaskScale]
+
+
+def _splits(train: int, val: int, test: int) -> tuple[tuple[str, int], ...]:
+    return (("train", train), ("val", val), ("test", test))
+
+
+def _scale(pretrain: PretrainScale, s3: int, s1: int, classify: tuple, dense: tuple) -> Scale:
+    return Scale(
+        pretrain,
+        {
+            "eurosat_s2": TaskScale(64, _splits(*classify)),
+            "cloud_s3": TaskScale(s3, _splits(*dense)),
+            "flood_s1": TaskScale(s1, _splits(*dense)),
+            "aq_no2_s5p": TaskScale(56, _splits(*dense)),
+        },
+    )
+
+
+_SMALL = PretrainScale(
+    patches=1,
+    local_dates=2,
+    s3_dates=2,
+    s5p_dates=4,
+    local_size=64,
+    s3_size=32,
+    s5p_size=28,
+    dem_size=192,
+    grids_per_shard=32,
+)
+_FULL = PretrainScale(
+    patches=4,
+    local_dates=4,
+    s3_dates=8,
+    s5p_dates=12,
+    local_size=264,
+    s3_size=96,
+    s5p_size=28,
+    dem_size=960,
+    grids_per_shard=100,
+)
+SCALES: dict[str, Scale] = {
+    "tiny": _scale(_SMALL, 64, 64, (40, 20, 20), (12, 6, 6)),
+    "small": _scale(_SMALL, 64, 64, (180, 80, 80), (60, 24, 24)),
+    "full": _scale(_FULL, 256, 224, (1600, 500, 500), (300, 100, 100)),
 }
 
 Progress = Callable[[str, int, int], None]
@@ -74,7 +106,7 @@ def write_miniature(
     Args:
         grids: number of pretraining grids.
         scale: "full" has the published array sizes (about 48 MB a grid); "small" the same structure in smaller arrays
-            (about 0.6 MB a grid).
+            (about 0.6 MB a grid); "tiny" the same with few benchmark samples, for trying things out.
 
     Raises:
         InputError: a number out of range, or the folder holds something else.
@@ -84,8 +116,8 @@ def write_miniature(
         raise InputError(
             f"miniature: grids={grids}, workers={workers}, seed={seed}; grids and workers start at 1, seeds at 0"
         )
-    if scale not in PRETRAIN_SCALES:
-        raise InputError(f"miniature: no scale {scale!r}; the scales are {', '.join(PRETRAIN_SCALES)}")
+    if scale not in SCALES:
+        raise InputError(f"miniature: no scale {scale!r}; the scales are {', '.join(SCALES)}")
     manifest_path = out / "miniature.json"
     wanted = {"miniature": VERSION, "grids": grids, "seed": seed, "scale": scale}
     if out.exists() and not out.is_dir():
@@ -103,9 +135,9 @@ def write_miniature(
     manifest_path.write_text(json.dumps(wanted | {"complete": False}))
     report = progress or (lambda what, done, total: None)
     with _Pool(workers) as pool:
-        _write_pretrain(pool, out / "pretrain", grids, seed, scale, report)
-        for task in TASKS:
-            _write_task(pool, out / "bench", task, seed, scale, report)
+        _write_pretrain(pool, out / "pretrain", grids, seed, SCALES[scale].pretrain, report)
+        for task, task_scale in SCALES[scale].tasks.items():
+            _write_task(pool, out / "bench", task, seed, task_scale, report)
     manifest_path.write_text(json.dumps(wanted | {"complete": True}))
     return _summary(out, grids, scale)
 
@@ -121,9 +153,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _summary(out: Path, grids: int, scale: str) -> MiniatureSummary:
-    per_shard = PRETRAIN_SCALES[scale].grids_per_shard
+    per_shard = SCALES[scale].pretrain.grids_per_shard
     paths = [shard_path(out / "pretrain", i) for i in range(-(-grids // per_shard))]
-    samples = {task: dict(TASK_SCALES[scale][task].splits) for task in TASKS}
+    samples = {task: dict(task_scale.splits) for task, task_scale in SCALES[scale].tasks.items()}
     return MiniatureSummary(out, paths, out / "bench", grids, samples)
 
 
@@ -146,16 +178,16 @@ class _Pool:
         return self._executor.map(function, jobs, chunksize=chunk) if self._executor else map(function, jobs)
 
 
-def _write_one_shard(job: tuple[int, str, Path, tuple[int, ...]]) -> int:
+def _write_one_shard(job: tuple[int, PretrainScale, Path, tuple[int, ...]]) -> int:
     seed, scale, path, indices = job
     planet = Planet(seed)
-    return write_shard((make_grid(planet, index, PRETRAIN_SCALES[scale]) for index in indices), path)
+    return write_shard((make_grid(planet, index, scale) for index in indices), path)
 
 
-def _write_pretrain(pool: _Pool, folder: Path, grids: int, seed: int, scale: str, report: Progress) -> None:
+def _write_pretrain(pool: _Pool, folder: Path, grids: int, seed: int, scale: PretrainScale, report: Progress) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     indices = choose_grids(Planet(seed), grids)
-    size = PRETRAIN_SCALES[scale].grids_per_shard
+    size = scale.grids_per_shard
     jobs = [
         (seed, scale, shard_path(folder, number), tuple(indices[number * size : (number + 1) * size]))
         for number in range(-(-grids // size))
@@ -171,16 +203,16 @@ def _write_one_sample(task: str, seed: int, size: int, root: Path, number: int) 
     return TASKS[task].write_sample(Planet(seed), size, number, root)
 
 
-def _write_task(pool: _Pool, bench: Path, task: str, seed: int, scale: str, report: Progress) -> None:
-    settings, root = TASK_SCALES[scale][task], bench / TASKS[task].directory
+def _write_task(pool: _Pool, bench: Path, task: str, seed: int, scale: TaskScale, report: Progress) -> None:
+    root = bench / TASKS[task].directory
     root.mkdir(parents=True, exist_ok=True)
-    total = sum(count for _, count in settings.splits)
+    total = sum(count for _, count in scale.splits)
     entries = []
     report(task, 0, total)
-    for entry in pool.map(partial(_write_one_sample, task, seed, settings.size, root), range(total), 4):
+    for entry in pool.map(partial(_write_one_sample, task, seed, scale.size, root), range(total), 4):
         entries.append(entry)
         report(task, len(entries), total)
-    for split, count in settings.splits:
+    for split, count in scale.splits:
         part, entries = entries[:count], entries[count:]
         path = root / TASKS[task].split_file.format(split)
         path.write_text(json.dumps(dict(part)) if path.suffix == ".json" else "".join(f"{line}\n" for line in part))
