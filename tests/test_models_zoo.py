@@ -58,13 +58,13 @@ def test_the_seed_decides_the_weights_and_nothing_else_does():
 
 
 def test_fresh_kernels_have_the_scale_meant_for_them():
-    """White noise of unit variance in one channel makes tokens of about half a unit, beside positions of 0.7."""
+    """White noise of unit variance in one channel makes tokens of about 16/256: within a factor of 2 or so."""
     model = create_model("copernicus_fm_small", **{**TINY, "embed_dim": 192})
     image = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for sensor in (SENSORS["s2_toa"].select([3]), SENSORS["s5p_o3"]):
             tokens, _ = model.patch_tokens(image, sensor, 16)
-            assert 0.3 < float(tokens.std()) < 0.8
+            assert 0.04 < float(tokens.std()) < 0.2
 
 
 @pytest.mark.parametrize("form", ["bare.pth", "nested.pth", "weights.safetensors", "folder"])
@@ -133,7 +133,7 @@ class Payload:
 def test_a_payload_never_runs(tmp_path):
     marker = tmp_path / "ran"
     torch.save({"model": {"cls_token": Payload(marker)}}, tmp_path / "evil.pth")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(marker)))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(marker), protocol=2))
     model = create_model("copernicus_fm_small", **TINY)
     for name in ("evil.pth", "plain.pt"):
         with pytest.raises(InputError, match="refused"):
