@@ -89,6 +89,34 @@ def leaderboard(
 
 
 @app.command()
+def encode(
+    images: Annotated[list[str], typer.Argument(help="GeoTIFF or NetCDF images, then model sizes as in depth=4.")],
+    sensor: Annotated[str, typer.Option(help="s1_grd, s2_toa, s3_olci, s5p_no2, dem, ...")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write; pictures go beside it.")] = Path(
+        "embeddings.parquet"
+    ),
+    weights: Annotated[Optional[str], typer.Option(help="A weights file, a checkpoint or hf://...")] = None,
+    model: Annotated[Optional[str], typer.Option(help="Model of the zoo; a checkpoint of ours knows its own.")] = None,
+    image_size: Annotated[Optional[int], typer.Option(help="Window side, pixels.", min=1)] = None,
+    patch_kernel: Annotated[Optional[int], typer.Option(help="Token side, pixels.", min=1)] = None,
+    language: Annotated[Optional[Path], typer.Option(help="Language embeddings of variables' names.")] = None,
+) -> None:
+    """Embed real images: reads bands, place and date, says what it found, draws what the encoder sees."""
+    from copernicus.platform.encode import encode_command
+    from copernicus.platform.pretrain import architecture
+
+    sizes = _numbers([i for i in images if "=" in i and not Path(i).exists()])
+    files = [i for i in images if "=" not in i or Path(i).exists()]
+    known = architecture(weights) if weights else None
+    name, overrides = known if known and model is None else (model or "copernicus_fm_base", {})
+    summary = encode_command(
+        files, sensor, weights, out, name, {"global_pool": True, **overrides, **sizes}, console(),
+        image_size=image_size, patch_kernel=patch_kernel, language=language,
+    )  # fmt: skip
+    console().print(f"Look at [bold]{summary.quicklooks[0]}[/]; embeddings are in {summary.embeddings}")
+
+
+@app.command()
 def ui(
     uri: Annotated[str, typer.Option(help="The MLflow store.")] = "sqlite:///mlflow.db",
     port: Annotated[int, typer.Option(help="Port on loopback.")] = 5000,
@@ -116,6 +144,52 @@ def miniature(
     if scale not in ("small", "full"):
         raise InputError(f"--scale: no {scale!r}; valid choices: small, full")
     make_miniature(Miniature(str(out), grids, seed, scale), console())
+
+
+@data.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="Holds a folder of GeoTIFFs a sensor, one file a site.")],
+    sensors: Annotated[list[str], typer.Argument(help="FOLDER=SENSOR, as in S2L1C=s2_toa S1RTC=s1_grd DEM=dem.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    size: Annotated[
+        Optional[list[str]], typer.Option(help="Stored side, as in s2_toa=112 (else the published).")
+    ] = None,
+    patches_per_side: Annotated[
+        int, typer.Option(help="Cut s1 and s2 images into this many squared patches.", min=1)
+    ] = 1,
+) -> None:
+    """Pack co-registered sites as pretraining shards in the published format."""
+    from copernicus.datasets.convert import convert_sites
+    from copernicus.datasets.sensors import InputError
+
+    pairs = [s.partition("=") for s in sensors]
+    if any(not equals for _, equals, _ in pairs):
+        raise InputError(f"{' '.join(sensors)}: write FOLDER=SENSOR, as in S2L1C=s2_toa")
+    screen = console()
+    report = convert_sites(
+        folder, out, {name: sensor for name, _, sensor in pairs}, _numbers(size or []), patches_per_side
+    )
+    for site, notes in report.notes.items():
+        for note in notes:
+            screen.print(f"[dim]{site}:[/] {note}", highlight=False)
+    for site, reason in report.skipped.items():
+        screen.print(f"[yellow]skipped[/] {site}: {reason}", highlight=False)
+    screen.print(
+        f"{report.sites} sites in {report.grids} grids; shards in {out}. Pretrain with pretrain.shards=[{out}]"
+    )
+
+
+def _numbers(pairs: list[str]) -> dict[str, int]:
+    """["depth=4"] -> {"depth": 4}"""
+    from copernicus.datasets.sensors import InputError
+
+    numbers = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if not value.isdecimal():
+            raise InputError(f"{pair!r}: write name=number, as in depth=4")
+        numbers[key] = int(value)
+    return numbers
 
 
 def _complain(message: str) -> None:

@@ -227,6 +227,7 @@ def train_worker(config: dict[str, Any]) -> None:
                         "optimizer": optimizer.state_dict(),
                         "step": step,
                         "samples_seen": int(metrics["train/samples_seen"]),
+                        "architecture": {"name": settings.model.name, **settings.model.encoder_overrides()},
                         "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
                     }
                     torch.save(state, Path(folder) / CHECKPOINT_FILE)
@@ -244,6 +245,27 @@ def build_autoencoder(plan: Plan) -> torch.nn.Module:
         norm_pix_loss=settings.norm_pix_loss,
         **settings.model.overrides(),
     )
+
+
+def architecture(weights: str | Path) -> tuple[str, dict[str, int]] | None:
+    """The encoder's name in the zoo and its sizes, where ``weights`` is a checkpoint of ours; else None.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = Path(weights)
+    if path.is_dir():
+        path = path / CHECKPOINT_FILE
+    if path.suffix != ".pt" or not path.is_file():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds; a payload is refused, not run
+        raise InputError(f"weights {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(saved, dict) or not isinstance(saved.get("architecture"), dict):
+        return None
+    sizes = dict(saved["architecture"])
+    return sizes.pop("name"), sizes
 
 
 def freeze_unreached(loss_module: PerRowLoss, plan: Plan) -> None:

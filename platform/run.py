@@ -116,7 +116,9 @@ def make_miniature(settings: Miniature, console: Console) -> None:
             progress=lambda what, done, total: update(done, total, what),
         )
     tasks = ", ".join(f"{name} {sum(splits.values())}" for name, splits in summary.samples.items())
-    console.print(f"  {summary.grids} grids in {len(summary.shards)} shards; tasks: {tasks}; in {_short(summary.folder)}")
+    console.print(
+        f"  {summary.grids} grids in {len(summary.shards)} shards; tasks: {tasks}; in {_short(summary.folder)}"
+    )
 
 
 def _pretrain(
