@@ -268,15 +268,15 @@ def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
     Raises:
         InputError: a file that does not exist, a folder or a glob without shards, or a shard named twice.
     """
-    import braceexpand
+    from braceexpand import UnbalancedBracesError, braceexpand
 
     if isinstance(spec, (str, Path)):
         spec = [spec]
     shards: list[str] = []
     for pattern in spec:
         try:
-            candidates = list(braceexpand.braceexpand(str(pattern)))
-        except braceexpand.UnbalancedBracesError:
+            candidates = list(braceexpand(str(pattern)))
+        except UnbalancedBracesError:
             raise InputError(f"shards {str(pattern)!r}: unbalanced braces") from None
         for candidate in candidates:
             path = os.path.expanduser(candidate)

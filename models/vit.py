@@ -202,7 +202,7 @@ class CopernicusFMViT(nn.Module):
                 f"got {tuple(x_BCHW.shape)}"
             )
         patch_kernel = patch_kernel or sensor.patch_kernel
-        token_grid(*x_BCHW.shape[-2:], patch_kernel)
+        token_grid(x_BCHW.shape[2], x_BCHW.shape[3], patch_kernel)
         embed: PatchEmbed = self.patch_embed_spectral if sensor.spectral else self.patch_embed_variable
         code_CK = embed.code(sensor)
         return embed(x_BCHW, code_CK, patch_kernel), code_CK

@@ -95,11 +95,11 @@ def encode(
     out: Annotated[Path, typer.Option(help="Parquet file to write; pictures go beside it.")] = Path(
         "embeddings.parquet"
     ),
-    weights: Annotated[Optional[str], typer.Option(help="A weights file, a checkpoint or hf://...")] = None,
-    model: Annotated[Optional[str], typer.Option(help="Model of the zoo; a checkpoint of ours knows its own.")] = None,
-    image_size: Annotated[Optional[int], typer.Option(help="Window side, pixels.", min=1)] = None,
-    patch_kernel: Annotated[Optional[int], typer.Option(help="Token side, pixels.", min=1)] = None,
-    language: Annotated[Optional[Path], typer.Option(help="Language embeddings of variables' names.")] = None,
+    weights: Annotated[str | None, typer.Option(help="A weights file, a checkpoint or hf://...")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of the zoo; a checkpoint of ours knows its own.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Window side, pixels.", min=1)] = None,
+    patch_kernel: Annotated[int | None, typer.Option(help="Token side, pixels.", min=1)] = None,
+    language: Annotated[Path | None, typer.Option(help="Language embeddings of variables' names.")] = None,
 ) -> None:
     """Embed real images: reads bands, place and date, says what it found, draws what the encoder sees."""
     from copernicus.platform.encode import encode_command
@@ -151,9 +151,7 @@ def convert(
     folder: Annotated[Path, typer.Argument(help="Holds a folder of GeoTIFFs a sensor, one file a site.")],
     sensors: Annotated[list[str], typer.Argument(help="FOLDER=SENSOR, as in S2L1C=s2_toa S1RTC=s1_grd DEM=dem.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
-    size: Annotated[
-        Optional[list[str]], typer.Option(help="Stored side, as in s2_toa=112 (else the published).")
-    ] = None,
+    size: Annotated[list[str] | None, typer.Option(help="Stored side, as in s2_toa=112 (else the published).")] = None,
     patches_per_side: Annotated[
         int, typer.Option(help="Cut s1 and s2 images into this many squared patches.", min=1)
     ] = 1,

@@ -237,6 +237,7 @@ def test_expand_shards_names_what_is_missing(tmp_path):
         (f"{tmp_path}/empty", "empty holds no shards"),
         (f"{tmp_path}/x*.tar", "no shard matches"),
         ([f"{tmp_path}/example-000000.tar"] * 2, "named twice"),
+        (f"{tmp_path}/example-{{000000..", "unbalanced braces"),
         ([], "no shards"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -28,17 +28,14 @@ def stream(seed: int, purpose: str) -> int:
 
 
 def _absorb(hashed: np.ndarray, coordinate: np.ndarray) -> np.ndarray:
-    h = hashed ^ np.asarray(coordinate).astype(np.int64, copy=False).view(np.uint64)
-    h *= _MIX[0]
-    h ^= h >> _SHIFT[0]
-    return h
+    h = (hashed ^ np.asarray(coordinate).astype(np.int64, copy=False).view(np.uint64)) * _MIX[0]
+    return h ^ (h >> _SHIFT[0])
 
 
 def _finish(h: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64, and its upper bits as a number in [0, 1)."""
     h = (h ^ (h >> _SHIFT[1])) * _MIX[1]
-    h ^= h >> _SHIFT[2]
-    h *= _MIX[2]
+    h = (h ^ (h >> _SHIFT[2])) * _MIX[2]
     return (h >> _SHIFT[3]) * 2.0**-53
 
 

@@ -39,15 +39,16 @@ def preview(out: Path | str) -> Path:
         raise InputError(f"{out} holds no complete miniature; write one with `copernicus data miniature`")
     figure = Figure(figsize=(20, 20), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = figure.subfigures(5, 1, height_ratios=[1.5, 1, 1, 1, 1])
-    _draw_planet(rows[0].subplots(1, 2), manifest["seed"], out / "pretrain")
-    _draw_grid([*rows[1].subplots(1, 5), *rows[2].subplots(1, 5)], out / "pretrain")
-    _draw_classification(rows[3].subplots(1, 10), out / "bench" / TASKS["eurosat_s2"].directory)
-    bottom = rows[4].subplots(1, 8)
+    grid = figure.add_gridspec(5, 1, height_ratios=[1.5, 1, 1, 1, 1])
+    planet, first, second, third, fourth = (figure.add_subfigure(grid[row]) for row in range(5))
+    _draw_planet(planet.subplots(1, 2), manifest["seed"], out / "pretrain")
+    _draw_grid([*first.subplots(1, 5), *second.subplots(1, 5)], out / "pretrain")
+    _draw_classification(third.subplots(1, 10), out / "bench" / TASKS["eurosat_s2"].directory)
+    bottom = fourth.subplots(1, 8)
     _draw_cloud(bottom[:2], out / "bench" / TASKS["cloud_s3"].directory)
     _draw_flood(bottom[2:5], out / "bench" / TASKS["flood_s1"].directory)
     _draw_air(bottom[5:], out / "bench" / TASKS["aq_no2_s5p"].directory)
-    for row in rows[1:]:
+    for row in (first, second, third, fourth):
         for ax in row.axes:
             ax.set(xticks=[], yticks=[])
     path = out / "preview.png"
