@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from copernicus.datasets.sensors import SENSORS, InputError
 
 GRID_DEGREES = 0.25
@@ -268,7 +269,7 @@ def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
     Raises:
         InputError: a file that does not exist, a folder or a glob without shards, or a shard named twice.
     """
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
     if isinstance(spec, (str, Path)):
         spec = [spec]

@@ -45,7 +45,7 @@ def _habitat(cover: Cover, wide: Wide) -> np.ndarray:
     land = wide.elevation > 2
     mild = land & (wide.temperature - 0.0062 * wide.elevation > -1)
     return {
-        Cover.SEA_LAKE: (wide.elevation > -400) & ((wide.elevation < 6) | (wide.moisture > 0.75)),
+        Cover.SEA_LAKE: (wide.elevation > -120) & ((wide.elevation < 6) | (wide.moisture > 0.75)),
         Cover.RIVER: mild & (wide.moisture > 0.3) & (wide.rugged < 0.5),
         Cover.FOREST: mild & (wide.wood > 0.3),
         Cover.HERBACEOUS: mild & (wide.wood < 0.4) & (wide.moisture > 0.25) & (wide.farm < 0.4),
@@ -64,8 +64,14 @@ def _random_points(rng: np.random.Generator, count: int, max_lat: float = 62) ->
     return rng.uniform(-179, 179, count), np.round(lat * 4) / 4 + rng.uniform(-0.1, 0.1, count)
 
 
-def find_place(planet: Planet, rng: np.random.Generator, cover: Cover, size: int, share: float) -> tuple[float, float]:
-    """(lon, lat) of a point of that cover, around which a window at 10 m has at least that share of it."""
+def find_place(
+    planet: Planet, rng: np.random.Generator, cover: Cover, size: int, least: float, most: float = 1.0
+) -> tuple[float, float]:
+    """(lon, lat) of a point of that cover, around which a window at 10 m has between those shares of it.
+
+    Raises:
+        InputError: the planet has none.
+    """
     search = size + 128
     margin = size // 2
     for _ in range(200):
@@ -74,19 +80,19 @@ def find_place(planet: Planet, rng: np.random.Generator, cover: Cover, size: int
         for i in candidates[:12]:
             # A quick look at every fourth pixel first.
             coarse = Window(float(lon[i]), float(lat[i]), search // 4, 40.0)
-            if np.mean(planet.surface(coarse).cover == cover) < 0.6 * share:
+            if not 0.6 * least <= np.mean(planet.surface(coarse).cover == cover) <= most + 0.3:
                 continue
             window = Window(float(lon[i]), float(lat[i]), search, 10.0)
             mask = planet.surface(window).cover == cover
             around = uniform_filter(mask.astype(np.float32), size, mode="constant")
-            good = mask & (around >= share)
+            good = mask & (around >= least) & (around <= most)
             good[:margin], good[-margin:], good[:, :margin], good[:, -margin:] = False, False, False, False
             places = np.argwhere(good)
             if len(places):
                 row, column = places[rng.integers(len(places))]
                 return float(window.lons[column]), float(window.lats[row])
     raise InputError(
-        f"miniature: the planet of seed {planet.seed} has no {cover.name} of share {share}; try another seed"
+        f"miniature: the planet of seed {planet.seed} has no {cover.name} of share {least}; try another seed"
     )
 
 
@@ -221,7 +227,7 @@ def write_flood(planet: Planet, size: int, number: int, root: Path) -> tuple[str
     seed, scene = planet.seed, 3_000_000 + number
     rng = keyed_rng(seed, "flood", number)
     near = Cover.SEA_LAKE if number % 4 == 0 else Cover.RIVER
-    lon, lat = find_place(planet, rng, near, size, 0.08 if near == Cover.SEA_LAKE else 0.03)
+    lon, lat = find_place(planet, rng, near, size, 0.05, 0.5)
     surface = planet.surface(Window(lon, lat, size, 10.0))
     permanent = np.isin(surface.cover, (Cover.SEA_LAKE, Cover.RIVER))
     flood = np.zeros_like(permanent)
