@@ -59,9 +59,8 @@ def backscatter_db(seed: int, surface: Surface, days: float, scene: int, flood: 
     if flood is not None:
         standing = np.array([-20.0, -26.5]) + 0.5 * wind  # shallow and sheltered
         smooth = standing[:, None, None] + 0.4 * surface.broad
-        # Under trees and between houses the water is hidden, or doubles the echo.
-        hidden = (cover == Cover.FOREST) | built
-        level = np.where(flood, np.where(hidden, level + 2.5, smooth), level)
+        # Between trunks the water doubles the echo instead.
+        level = np.where(flood, np.where(cover == Cover.FOREST, level + 2.5, smooth), level)
     return level
 
 

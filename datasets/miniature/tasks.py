@@ -230,11 +230,12 @@ def write_flood(planet: Planet, size: int, number: int, root: Path) -> tuple[str
     lon, lat = find_place(planet, rng, near, size, 0.05, 0.5)
     surface = planet.surface(Window(lon, lat, size, 10.0))
     permanent = np.isin(surface.cover, (Cover.SEA_LAKE, Cover.RIVER))
+    # The lowest land goes under, more of it the stronger the flood; dikes keep towns dry.
+    open_land = ~permanent & ~np.isin(surface.cover, (Cover.RESIDENTIAL, Cover.INDUSTRIAL))
     flood = np.zeros_like(permanent)
-    if rng.uniform() < 0.85 and not permanent.all():
-        # The lowest land goes under, more of it the stronger the flood.
+    if rng.uniform() < 0.85 and open_land.any():
         low = surface.drainage + 0.15 * surface.broad
-        flood = ~permanent & (low < np.quantile(low[~permanent], rng.uniform(0.1, 0.6)))
+        flood = open_land & (low < np.quantile(low[open_land], rng.uniform(0.15, 0.7)))
     last = _YEAR_START + int(rng.integers(60, 365))
     days = {"SL2": last - 24, "SL1": last - 12, "MS1": last}
     valid = ~optical.swath_gap(seed, size, scene, last, 0.15)
