@@ -32,7 +32,7 @@ class Problem:
     """Something in the data that could not be used."""
 
     where: str  # shard and member
-    reason: str  # truncated_tar, missing_json, bad_json, unsafe_or_broken_pth, wrong_shape, all_nan
+    reason: str  # truncated_tar, missing_json, bad_json, unreadable, unsafe_or_broken_pth, wrong_shape, all_nan
     detail: str = ""
 
     def __str__(self) -> str:
@@ -153,7 +153,10 @@ class DrawReader:
                 names = json.loads(_read(shard, grid.members["json"]))
                 if not isinstance(names, dict):
                     raise ValueError("not an object")
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            sample.problems.append(Problem(f"{grid.shard}:{grid.key}.json", "unreadable", str(error)))
+            return sample
+        except (ValueError, RecursionError) as error:
             sample.problems.append(Problem(f"{grid.shard}:{grid.key}.json", "bad_json", str(error)))
             return sample
         # Radar and optical patches are mostly paired: one choice of patch for both keeps them so.
@@ -168,6 +171,9 @@ class DrawReader:
                     array = decode_member(_read(shard, grid.members[sensor.name]), sensor)
             except MemberError as error:
                 sample.problems.append(Problem(where, error.reason, str(error)))
+                continue
+            except OSError as error:
+                sample.problems.append(Problem(where, "unreadable", str(error)))
                 continue
             at = self._choose(array, sensor, patch, rng)
             x_CHW = array[at] if at else array
@@ -209,11 +215,12 @@ class DrawReader:
     ) -> tuple[float, float, float, float]:
         lon, lat, days = image_metadata(names.get(sensor.name), at)
         if np.isnan(lon) or np.isnan(lat):
+            if not grid.key.isdecimal():
+                raise InputError(f"no image name, and the key {grid.key!r} is no grid number")
             lon, lat = grid_center(int(grid.key))
         if sensor.name == "dem":
             days = DEM_DAYS
-        # The pixel size follows from the footprint the sensor's spec gives the stored image, so that shards kept at a
-        # smaller size (the miniature Earth's) keep their scale in metres.
+        # A smaller stored image (the miniature Earth's) shows less ground; its pixels are as large as the sensor's spec says.
         size = self.sizes[sensor.name]
         lon, lat, area = crop_metadata(lon, lat, sensor.gsd_m, sensor.patch_kernel, crop, height, width, size)
         return lon, lat, days, area
@@ -241,6 +248,9 @@ def decode_member(data: bytes, sensor: Sensor) -> torch.Tensor:
         raise MemberError("unsafe_or_broken_pth", message[0][:200] if message else type(error).__name__) from None
     if not isinstance(array, torch.Tensor):
         raise MemberError("unsafe_or_broken_pth", f"holds a {type(array).__name__}, not a tensor")
+    if array.layout != torch.strided or array.device.type != "cpu" or array.is_complex() or array.is_quantized:
+        kind = f"{array.layout} tensor of {array.dtype} on {array.device}"
+        raise MemberError("unsafe_or_broken_pth", f"holds a {kind}, not a plain one of real numbers")
     leading = len(LEADING_AXES[sensor.name])
     expected = leading + (2 if sensor.name == "dem" else 3)
     channels_fit = sensor.name == "dem" or (array.ndim == expected and array.shape[-3] == sensor.channels)
@@ -253,10 +263,9 @@ def decode_member(data: bytes, sensor: Sensor) -> torch.Tensor:
 
 def image_metadata(names: Any, at: Sequence[int]) -> tuple[float, float, float]:
     """(lon, lat, days) of the image at those leading indices, NaN where the JSON does not say."""
-    for index in (*at, 0):
-        if isinstance(names, list) and len(names) > index:
-            names = names[index]
-    while isinstance(names, list) and names:  # published strings come wrapped in one-element lists
+    for index in at:
+        names = names[index] if isinstance(names, list) and index < len(names) else None
+    while isinstance(names, list) and len(names) == 1:  # published strings come wrapped in one-element lists
         names = names[0]
     if not isinstance(names, str):
         return float("nan"), float("nan"), float("nan")
