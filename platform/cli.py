@@ -134,15 +134,15 @@ def miniature(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     grids: Annotated[int, typer.Option(help="Pretraining grids.", min=1)] = 256,
     seed: Annotated[int, typer.Option(help="Another seed, another planet.")] = 0,
-    scale: Annotated[str, typer.Option(help="small (small arrays) or full (published sizes).")] = "small",
+    scale: Annotated[str, typer.Option(help="tiny, small (small arrays) or full (published sizes).")] = "small",
 ) -> None:
     """Make a small procedural planet: pretraining shards and four benchmark tasks in the published formats."""
     from copernicus.datasets.sensors import InputError
-    from copernicus.platform.experiment import Miniature
+    from copernicus.platform.experiment import SCALES, Miniature
     from copernicus.platform.run import make_miniature
 
-    if scale not in ("small", "full"):
-        raise InputError(f"--scale: no {scale!r}; valid choices: small, full")
+    if scale not in SCALES:
+        raise InputError(f"--scale: no {scale!r}; valid choices: {', '.join(SCALES)}")
     make_miniature(Miniature(str(out), grids, seed, scale), console())
 
 

@@ -183,6 +183,7 @@ class Experiment:
         return yaml.safe_dump(_without_none(dataclasses.asdict(self)), sort_keys=False)
 
 
+SCALES = ("tiny", "small", "full")
 SECTIONS = {"pretrain": ("pretrain",), "sweep": ("sweep",), "pipeline": ()}
 NESTED = {"encoders": Encoder, "search": Space}
 
@@ -298,7 +299,7 @@ def _validate(e: Experiment, source: str) -> None:
 
     made: list[Path] = []
     if e.miniature:
-        choice("miniature.scale", e.miniature.scale, ("small", "full"))
+        choice("miniature.scale", e.miniature.scale, SCALES)
         positive("miniature.grids", e.miniature.grids)
         made = [Path(e.miniature.out).absolute()]
 

@@ -6,8 +6,11 @@ State lies in the experiment's folder (`Experiment.folder`): the same YAML finds
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import platform
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -60,6 +63,12 @@ def run_experiment(experiment: Experiment, console: Console, fresh: bool = False
         kept = folder.with_name(f"{folder.name}.old-{int(folder.stat().st_mtime)}")
         folder.rename(kept)
         console.print(f"Kept the earlier results in {_short(kept)}")
+    with _locked(folder):
+        _run(experiment, console, verbose, started)
+
+
+def _run(experiment: Experiment, console: Console, verbose: bool, started: float) -> None:
+    folder = experiment.folder
     state = State(folder)
     tracker = Tracker(experiment.tracking.uri, experiment.tracking.experiment, Path(experiment.output) / "artifacts")
     console.print(f"[bold]{experiment.name}[/] ({experiment.kind}) in {_short(folder)}")
@@ -100,6 +109,31 @@ def run_experiment(experiment: Experiment, console: Console, fresh: bool = False
         parent.metrics({f"seconds/{name}": s for name, s in seconds.items()})
     state.set(done=True, seconds=seconds)
     _closing(experiment, state, tracker, console, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process runs an experiment at a time; the lock goes with the process, however it ends."""
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise InputError(
+                f"{_short(folder)}: this experiment is being run by another process ({file.read().strip() or 'unknown'}); "
+                "wait for it, or end it first"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        except InputError:
+            if created and [p.name for p in folder.iterdir()] == [".lock"]:  # wrong input leaves nothing behind
+                shutil.rmtree(folder)
+            raise
 
 
 def make_miniature(settings: Miniature, console: Console) -> None:

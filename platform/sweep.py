@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray import tune
+
 from copernicus.datasets.bench import TASKS
 from copernicus.platform.experiment import Encoder, Model, Space, Sweep
 from copernicus.platform.features import TaskFeatures, encode_task
@@ -229,8 +231,6 @@ def _search(
     on_trial: Callable[[Trial], str],
 ) -> dict[str, float]:
     """The setting with the best validation metric."""
-    from ray import tune
-
     task = TASKS[cell.task]
     metric, mode = f"val/{task.metric_key}", "max" if task.higher_is_better else "min"
     done = folder / "best.json"
@@ -249,7 +249,7 @@ def _search(
         from ray.tune.search.optuna import OptunaSearch
 
         searcher = OptunaSearch(metric=metric, mode=mode, seed=seed)
-    run_config = tune.RunConfig(name="tune", storage_path=str(folder), callbacks=[_recorder(cell.key)], verbose=0)
+    run_config = tune.RunConfig(name="tune", storage_path=str(folder), callbacks=[Recorder(cell.key)], verbose=0)
     resources = {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}
     bounded = tune.with_resources(trainable, resources)
     path = folder / "tune"
@@ -283,7 +283,7 @@ def _search(
 
 
 _RECORDING: dict[str, Callable[[str, dict[str, float], dict[str, Any]], None]] = {}
-"""What hears of finished trials while a search runs, by cell: Tune pickles its callbacks, so they hold a key only."""
+"""What hears of finished trials while a search runs, by cell: Tune pickles its callbacks, so those hold a key only."""
 
 
 @contextlib.contextmanager
@@ -295,21 +295,17 @@ def _recording(key: str, record: Callable[[str, dict[str, float], dict[str, Any]
         del _RECORDING[key]
 
 
-def _recorder(key: str) -> Any:
-    from ray import tune
+class Recorder(tune.Callback):
+    """Hands each finished trial of a cell on, on the driver."""
 
-    class Recorder(tune.Callback):
-        """Hands each finished trial on, on the driver."""
+    def __init__(self, key: str):
+        self.key = key
 
-        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            _RECORDING[key](trial.trial_id, dict(trial.config), trial.last_result)
-
-    return Recorder()
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        _RECORDING[self.key](trial.trial_id, dict(trial.config), trial.last_result)
 
 
 def _domain(space: Space, searcher: str) -> Any:
-    from ray import tune
-
     if space.values:
         return tune.grid_search(space.values) if searcher == "grid" else tune.choice(space.values)
     assert space.low is not None

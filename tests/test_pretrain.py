@@ -1,0 +1,212 @@
+"""Pretraining: the schedule, the loss's weights, and whole runs on Ray with good and bad data."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SIZES, make_grid
+
+from copernicus.datasets.order import Order
+from copernicus.datasets.sensors import SENSORS, InputError
+from copernicus.datasets.shards import write_shards
+from copernicus.models import create_model, load_weights
+from copernicus.platform.experiment import Model, Pretrain
+from copernicus.platform.pretrain import (
+    PerRowLoss,
+    Plan,
+    PretrainFailed,
+    architecture,
+    build_autoencoder,
+    check_resources,
+    freeze_unreached,
+    pretrain,
+    weigh,
+)
+from copernicus.platform.session import ray_session
+
+TINY = Model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)  # fmt: skip
+GOLDENS = json.loads((Path(__file__).parent / "goldens" / "index.json").read_text())
+
+
+def settings(shards: Path, **changes) -> Pretrain:
+    given = {"shards": [str(shards)], "model": TINY, "image_size": SIZES, "epochs": 3, "batch_size": 8, "blr": 0.1,
+             "warmup_epochs": 1.0, "val_fraction": 0.1}  # fmt: skip
+    return Pretrain(**{**given, **changes})
+
+
+def plan(chosen: Pretrain, grids: int = 20) -> Plan:
+    sensors = tuple(SENSORS[name] for name in chosen.sensors)
+    sizes = {s.name: chosen.image_size.get(s.name, s.image_size) for s in sensors}
+    return Plan(chosen, 0, Order(grids, 0, chosen.epochs), sensors, sizes, (), grids)
+
+
+def test_learning_rate_is_the_published_schedule():
+    golden = GOLDENS["misc"]["lr_sched"]
+    assert golden["args"] == {"warmup_epochs": 10, "lr": 3e-4, "min_lr": 0.0, "epochs": 100}
+    chosen = Pretrain(shards=["x"], blr=1.5e-4, batch_size=512, epochs=100, warmup_epochs=10)
+    steps = Plan(chosen, 0, Order(51200, 0, 100), (), {}, (), 51200)  # 100 steps an epoch
+    for epoch, value in golden["values"].items():
+        assert steps.learning_rate(round(float(epoch) * 100)) == pytest.approx(value, rel=1e-6, abs=1e-15)
+
+
+def test_channels_are_the_same_for_all_and_within_the_published_share():
+    chosen = plan(Pretrain(shards=["x"]))
+    counts = {len(chosen.channels(step, SENSORS["s2_toa"])) for step in range(200)}
+    assert counts == {10, 11, 12, 13}  # 75-100 % of 13
+    assert chosen.channels(7, SENSORS["s3_olci"]) == plan(Pretrain(shards=["x"])).channels(7, SENSORS["s3_olci"])
+    assert chosen.channels(7, SENSORS["s1_grd"]) is None
+
+
+def test_weigh_averages_over_the_sensors_present():
+    loss = torch.tensor([[1.0, 3.0], [5.0, 100.0], [100.0, 100.0]])
+    present = torch.tensor([[True, True], [True, False], [False, False]])
+    total, rows = weigh(loss, present)
+    assert total == (1 + 3) / 2 + 5
+    assert rows == 2
+
+
+def test_ranks_gradients_average_to_the_global_batch_mean():
+    # Two ranks with unequally many usable rows: DDP's mean of the scaled losses is the mean over all rows.
+    torch.manual_seed(0)
+    loss, present = torch.rand(6, 3), torch.rand(6, 3) > 0.4
+    present[4:] = False
+    whole, rows = weigh(loss, present)
+    parts = [weigh(loss[a:b], present[a:b])[0] * 2 / rows for a, b in ((0, 3), (3, 6))]
+    assert sum(parts) / 2 == pytest.approx((whole / rows).item())
+
+
+def test_freeze_leaves_exactly_what_the_sensors_reach():
+    chosen = plan(Pretrain(shards=["x"], model=TINY, sensors=["s2_toa"], image_size=SIZES))
+    module = PerRowLoss(build_autoencoder(chosen), chosen.sensors)
+    freeze_unreached(module, chosen)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    assert any("patch_embed_variable" in name for name in frozen)
+    assert not any("patch_embed_spectral.fclayer" in name or "blocks" in name for name in frozen)
+
+
+def test_too_few_cpus_are_refused_with_the_sum():
+    with pytest.raises(InputError, match=r"2 workers x 1.0 CPU \+ 1.0 CPU for reading = 3 CPUs, but the cluster has 2"):
+        check_resources(Pretrain(workers=2, cpus_per_worker=1.0), {"CPU": 2.0})
+    with pytest.raises(InputError, match="GPU"):
+        check_resources(Pretrain(workers=2, cpus_per_worker=0.5, gpus_per_worker=1.0), {"CPU": 8.0, "GPU": 1.0})
+
+
+@pytest.fixture(scope="module")
+def ray():
+    with ray_session():
+        yield
+
+
+def run(chosen: Pretrain, folder: Path):
+    rows: list[tuple[int, dict[str, float]]] = []
+    result = pretrain(chosen, 0, folder, lambda step, metrics: rows.append((step, metrics)), lambda *_: None)
+    return result, rows
+
+
+def test_a_run_learns_and_its_checkpoint_loads(ray, shards, tmp_path):
+    result, rows = run(settings(shards, epochs=8), tmp_path)
+    steps = [step for step, metrics in rows if "train/loss" in metrics]
+    assert steps == list(range(1, result.steps + 1)), "each step's figures come once, in order"
+    val = [metrics["val/loss"] for _, metrics in rows if "val/loss" in metrics]
+    assert val[-1] < val[0] - 0.05
+    assert result.samples == 8 * rows[-1][1]["train/samples_seen"] / 8
+    assert {f"train/loss_{name}" for name in SENSORS} <= {k for _, metrics in rows for k in metrics}
+    assert result.skipped == ()
+    assert architecture(result.checkpoint) == ("copernicus_fm_base", {"embed_dim": 32, "depth": 2, "num_heads": 4})
+    encoder = create_model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, global_pool=True)
+    assert load_weights(encoder, result.checkpoint).complete
+    kept = sorted(p.name for p in (tmp_path / "pretrain").glob("checkpoint_2*"))
+    assert len(kept) == 2, "keep_checkpoints"
+
+
+def damage(folder: Path, out: Path, victim: str, change) -> None:
+    """Copy the shards, changing the members of one grid."""
+    out.mkdir()
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as old, tarfile.open(out / shard.name, "w", format=tarfile.USTAR_FORMAT) as new:
+            for member in old.getmembers():
+                data = old.extractfile(member).read()
+                if member.name.startswith(victim):
+                    data = change(member.name, data)
+                if data is not None:
+                    member.size = len(data)
+                    new.addfile(member, io.BytesIO(data))
+
+
+class Payload:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_bad_members_are_counted_and_named_and_training_goes_on(ray, shards, tmp_path):
+    ran = tmp_path / "payload-ran"
+    victim = make_grid(3).key
+
+    def change(name: str, data: bytes) -> bytes | None:
+        buffer = io.BytesIO()
+        if name.endswith("s2_toa.pth"):
+            torch.save(Payload(str(ran)), buffer)
+            return buffer.getvalue()
+        if name.endswith("s3_olci.pth"):
+            torch.save(torch.zeros(3, 5, 32, 32), buffer)
+            return buffer.getvalue()
+        if name.endswith("s5p_o3.pth"):
+            torch.save(torch.full((3, 1, 28, 28), math.nan), buffer)
+            return buffer.getvalue()
+        return data
+
+    damage(shards, tmp_path / "bad", victim, change)
+    result, rows = run(settings(tmp_path / "bad", val_fraction=0.0, max_skipped=0.2, epochs=2), tmp_path / "run")
+    assert not ran.exists(), "a pickle in a shard was run"
+    reasons = {p.where.rsplit(":", 1)[1]: p.reason for p in result.skipped}
+    assert reasons == {
+        f"{victim}.s2_toa.pth": "unsafe_or_broken_pth",
+        f"{victim}.s3_olci.pth": "wrong_shape",
+        f"{victim}.s5p_o3.pth": "all_nan",
+    }
+    last = rows[-1][1]
+    assert last["data/skipped_total"] == 3
+    assert last["data/skipped_wrong_shape"] == 1
+    assert last["data/skipped_share"] == pytest.approx(1 / 24)
+    assert last["train/samples_seen"] == 48
+
+    with pytest.raises(PretrainFailed, match=r"above pretrain.max_skipped=1.0%.*" + victim):
+        run(settings(tmp_path / "bad", val_fraction=0.0, max_skipped=0.01), tmp_path / "strict")
+
+
+def test_a_truncated_shard_and_missing_json_count_before_training(ray, shards, tmp_path):
+    victim = make_grid(1).key
+    damage(shards, tmp_path / "bad", victim, lambda name, data: None if name.endswith("json") else data)
+    second = sorted((tmp_path / "bad").glob("*.tar"))[1]
+    with open(second, "r+b") as file:
+        file.truncate(second.stat().st_size // 2)
+    with pytest.raises(PretrainFailed, match=r"truncated_tar|missing_json"):
+        run(settings(tmp_path / "bad", max_skipped=0.05), tmp_path / "strict")
+    result, rows = run(settings(tmp_path / "bad", max_skipped=0.5, epochs=1), tmp_path / "run")
+    assert {p.reason for p in result.skipped} >= {"truncated_tar", "missing_json"}
+    assert rows[-1][1]["data/skipped_missing_json"] == 1
+
+
+def test_an_empty_folder_is_wrong_input(tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="none"):
+        pretrain(settings(tmp_path / "none"), 0, tmp_path / "run", lambda *_: None, lambda *_: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sensors_can_be_chosen(ray, tmp_path):
+    write_shards((make_grid(i) for i in range(8)), tmp_path / "shards")
+    chosen = settings(tmp_path / "shards", sensors=["dem", "s1_grd"], val_fraction=0.0, epochs=1, workers=1)
+    result, rows = run(chosen, tmp_path / "run")
+    assert {k for k in rows[-1][1] if k.startswith("train/loss_")} == {"train/loss_dem", "train/loss_s1_grd"}
+    assert result.steps == 1
