@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,8 +167,13 @@ class Experiment:
 
     @property
     def fingerprint(self) -> str:
-        """Eight hex digits of what determines the results (not of where they are kept or recorded)."""
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("tracking", "output")}
+        """Eight hex digits of what determines the results: not of where they are kept or recorded, nor of how many
+        workers and CPUs make them, so that a run resumes elsewhere, or on fewer."""
+        content = {
+            key: value
+            for key, value in self.parameters().items()
+            if not any(key == other or key.startswith(f"{other}.") for other in WITHOUT_EFFECT)
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
@@ -184,6 +190,13 @@ class Experiment:
 
 
 SCALES = ("tiny", "small", "full")
+WITHOUT_EFFECT = (
+    "tracking", "output",
+    "pretrain.workers", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
+    "pretrain.checkpoint_every", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
+    "sweep.cache", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
+)  # fmt: skip
+"""Keys (and sections) that leave the results as they are."""
 SECTIONS = {"pretrain": ("pretrain",), "sweep": ("sweep",), "pipeline": ()}
 NESTED = {"encoders": Encoder, "search": Space}
 
@@ -216,10 +229,16 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
             raise ExperimentError(f"override {override!r}: write key=value, as in pretrain.epochs=5")
         try:
             OmegaConf.update(given, key.strip(), yaml.safe_load(value), force_add=True)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or _first_line(error)
+            raise ExperimentError(
+                f"override {override!r}: the value is not valid YAML: {problem}; put texts that hold any of {{}}[],:# in "
+                "quotes of their own"
+            ) from None
+        except OmegaConfBaseException as error:
             raise ExperimentError(f"override {override!r}: {_first_line(error)}") from None
     try:
-        plain = OmegaConf.to_container(given, resolve=True)
+        plain = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
     except (InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException) as error:
         raise ExperimentError(f"{source}: {_full_key(error)}{_first_line(error)}") from None
     assert isinstance(plain, dict)
@@ -250,7 +269,11 @@ def _check_keys(given: Mapping[Any, Any], schema: type, path: str, source: str) 
             elif value is not None:
                 valid = ", ".join(f.name for f in dataclasses.fields(nested))
                 raise ExperimentError(f"{source}: {where}: must be a section with the keys {valid}, not {value!r}")
-        elif key in NESTED and isinstance(value, Mapping):
+        elif typing.get_origin(fields[key]) is list and not isinstance(value, list):
+            raise ExperimentError(f"{source}: {where}: must be a list, as in [a, b], not {value!r}")
+        elif typing.get_origin(fields[key]) is dict and not isinstance(value, Mapping):
+            raise ExperimentError(f"{source}: {where}: must be a section, as in {{name: value}}, not {value!r}")
+        elif key in NESTED:
             for name, inner in value.items():
                 if inner is None or not isinstance(inner, Mapping):
                     valid = ", ".join(f.name for f in dataclasses.fields(NESTED[key]))
@@ -287,9 +310,18 @@ def _validate(e: Experiment, source: str) -> None:
         if not 0 <= value < 1:
             raise wrong(path, f"must be at least 0 and below 1, it is {value}")
 
+    def multiple(path: str, size: int, kernel: int) -> None:
+        if size <= 0 or size % kernel:
+            raise wrong(path, f"must be a positive multiple of the patch kernel {kernel}, it is {size}")
+
     choice("kind", e.kind, tuple(SECTIONS))
-    if not e.name or set(e.name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
-        raise wrong("name", f"use letters, digits, '.', '_' and '-' only, it is {e.name!r}")
+
+    def plain(path: str, value: str) -> None:
+        """Names become those of folders, MLflow metrics and columns of tables."""
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", value):
+            raise wrong(path, f"use letters, digits, '.', '_' and '-' only, it is {value!r}")
+
+    plain("name", e.name)
     sections = {"pretrain": e.pretrain, "sweep": e.sweep}
     for section in SECTIONS[e.kind]:
         if sections[section] is None:
@@ -326,12 +358,7 @@ def _validate(e: Experiment, source: str) -> None:
             choice(f"pretrain.sensors[{i}]", sensor, tuple(SENSORS))
         for sensor, size in p.image_size.items():
             choice(f"pretrain.image_size.{sensor}", sensor, tuple(SENSORS))
-            kernel = SENSORS[sensor].patch_kernel
-            if size <= 0 or size % kernel:
-                raise wrong(
-                    f"pretrain.image_size.{sensor}",
-                    f"must be a positive multiple of the patch kernel {kernel}, it is {size}",
-                )
+            multiple(f"pretrain.image_size.{sensor}", size, SENSORS[sensor].patch_kernel)
         for key in ("epochs", "draws_per_grid", "batch_size", "blr", "workers", "cpus_per_worker", "data_cpus", "val_every",
                     "checkpoint_every", "keep_checkpoints", "clip_grad_norm"):  # fmt: skip
             positive(f"pretrain.{key}", getattr(p, key))
@@ -357,21 +384,21 @@ def _validate(e: Experiment, source: str) -> None:
             raise wrong("sweep.tasks", f"empty; valid choices: {', '.join(TASKS)}")
         for i, task in enumerate(s.tasks):
             choice(f"sweep.tasks[{i}]", task, tuple(TASKS))
-        for task in s.image_size:
+        for task, size in s.image_size.items():
             choice(f"sweep.image_size.{task}", task, tuple(TASKS))
+            multiple(f"sweep.image_size.{task}", size, TASKS[task].sensor.patch_kernel)
         if not s.encoders:
             raise wrong("sweep.encoders", "empty: name at least one encoder, as in {random: {weights: none}}")
         for name, encoder in s.encoders.items():
             here = f"sweep.encoders.{name}"
+            plain(here, name)
             if encoder.model is not None:
                 model(f"{here}.model", encoder.model)
             elif e.pretrain is None:
                 raise wrong(f"{here}.model", "missing: this experiment pretrains no model to take")
             if encoder.weights == "pretrain":
-                if e.pretrain is None:
-                    raise wrong(
-                        f"{here}.weights", "this experiment has no pretrain section; give a file, hf://... or none"
-                    )
+                if e.pretrain is None or e.kind != "pipeline":
+                    raise wrong(f"{here}.weights", "this experiment pretrains nothing; give a file, hf://... or none")
             elif encoder.weights != "none" and not encoder.weights.startswith("hf://"):
                 exists(f"{here}.weights", encoder.weights)
         for name, space in s.search.items():
@@ -411,4 +438,6 @@ def _full_key(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if unset := re.search(r"Environment variable '(.+)' not found", str(error)):
+        return f"the environment variable {unset[1]} is not set; set it, or override this key"
     return str(getattr(error, "msg", None) or error).strip().splitlines()[0]

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,9 @@ from copernicus.datasets.sensors import InputError
 
 DEFAULT_PORT = 5000
 PARENT_TAG = "mlflow.parentRunId"
+TRAINING = (
+    "workflowType=machine_learning"  # without it a browser new to the page gets the view made for language models
+)
 MAX_PARAMETER = 6000  # characters; MLflow's own limit
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 
@@ -169,13 +173,13 @@ class Tracker:
         return mask(self.uri).rstrip("/") if self.uri.startswith("http") else f"http://127.0.0.1:{DEFAULT_PORT}"
 
     def run_link(self, run: Run) -> str:
-        return f"{self.page}/#/experiments/{self.experiment_id}/runs/{run.id}"
+        return f"{self.page}/#/experiments/{self.experiment_id}/runs/{run.id}?{TRAINING}"
 
     def compare_link(self, run_ids: Sequence[str]) -> str:
-        """A page that shows these runs side by side."""
+        """A page that shows these runs side by side; its plot opens on the metric that was recorded first."""
         runs = quote(json.dumps(list(run_ids), separators=(",", ":")), safe="")
         experiments = quote(json.dumps([self.experiment_id]), safe="")
-        return f"{self.page}/#/compare-runs?runs={runs}&experiments={experiments}"
+        return f"{self.page}/#/compare-runs?runs={runs}&experiments={experiments}&{TRAINING}"
 
 
 def git_commit(folder: Path | None = None) -> str:
@@ -198,13 +202,18 @@ def git_commit(folder: Path | None = None) -> str:
 
 
 def serve(uri: str, port: int = DEFAULT_PORT) -> int:
-    """Serve the store's web page on loopback until interrupted; returns the server's exit code."""
+    """Serve the store's web page on loopback until interrupted or terminated; returns the server's exit code."""
     if uri.startswith("http"):
         raise InputError(f"{mask(uri)} is a server already: open it in a browser")
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise InputError(f"no store {uri.removeprefix('sqlite:///')} here; run an experiment first, or give --uri")
+    quiet()  # the server inherits the environment: no usage data leaves, and the page says so
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
-    process = subprocess.Popen([*command, "--port", str(port), "--workers", "1"])
+    # MLflow's job queue would be eight more processes, for what this page does not use, that outlive the server.
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen([*command, "--port", str(port), "--workers", "1"], env=environment)
+    # A terminated command would leave the server behind, holding the port.
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         return process.wait()
     except KeyboardInterrupt:
