@@ -169,12 +169,11 @@ def convert(
     )
     for site, notes in report.notes.items():
         for note in notes:
-            screen.print(f"[dim]{site}:[/] {note}", highlight=False)
+            screen.print(f"{site}: {note}", style="dim", highlight=False, markup=False)
     for site, reason in report.skipped.items():
-        screen.print(f"[yellow]skipped[/] {site}: {reason}", highlight=False)
-    screen.print(
-        f"{report.sites} sites in {report.grids} grids; shards in {out}. Pretrain with pretrain.shards=[{out}]"
-    )
+        screen.print(f"skipped {site}: {reason}", style="yellow", highlight=False, markup=False)
+    screen.print(f"{report.sites} sites in {report.grids} grids, in {out}.", highlight=False, markup=False)
+    screen.print(f"Next: copernicus run EXPERIMENT.yaml 'pretrain.shards=[{out}]'", highlight=False, markup=False)
 
 
 def _numbers(pairs: list[str]) -> dict[str, int]:
@@ -232,7 +231,7 @@ def _failed(error: Exception) -> int:
         _complain(f"{error}. The same command goes on from the last checkpoint")
         return 1
     Console(stderr=True).print_exception(max_frames=12)
-    _complain(f"{type(error).__name__}: {error}. The same command goes on where it stopped")
+    _complain(f"{type(error).__name__}: {error}")
     return 1
 
 
