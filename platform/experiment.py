@@ -228,7 +228,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         if not equals or not key.strip():
             raise ExperimentError(f"override {override!r}: write key=value, as in pretrain.epochs=5")
         try:
-            OmegaConf.update(given, key.strip(), yaml.safe_load(value), force_add=True)
+            OmegaConf.update(given, key.strip(), yaml.safe_load(value), merge=False, force_add=True)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or _first_line(error)
             raise ExperimentError(
@@ -397,7 +397,7 @@ def _validate(e: Experiment, source: str) -> None:
             elif e.pretrain is None:
                 raise wrong(f"{here}.model", "missing: this experiment pretrains no model to take")
             if encoder.weights == "pretrain":
-                if e.pretrain is None or e.kind != "pipeline":
+                if e.pretrain is None or e.kind == "sweep":
                     raise wrong(f"{here}.weights", "this experiment pretrains nothing; give a file, hf://... or none")
             elif encoder.weights != "none" and not encoder.weights.startswith("hf://"):
                 exists(f"{here}.weights", encoder.weights)
