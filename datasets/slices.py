@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +76,8 @@ def index_shards(shards: str | Sequence[str], sensors: Sequence[str]) -> GridInd
     Raises:
         InputError: no such shard, or no grid that has one of ``sensors``.
     """
-    paths = expand_shards(shards if isinstance(shards, str) else list(shards))
+    # Absolute: workers may run in another directory.
+    paths = [os.path.abspath(path) for path in expand_shards(shards if isinstance(shards, str) else list(shards))]
     grids: list[GridEntry] = []
     problems: list[Problem] = []
     digest = hashlib.sha256()

@@ -156,7 +156,7 @@ def train_worker(config: dict[str, Any]) -> None:
     steps = plan.order.steps(settings.batch_size)
     evaluation = _Evaluation(plan, held_out, rank, world_size, device)
     if step == 0:
-        _post(mailbox, rank, 0, evaluation(model))
+        _post(mailbox, rank, 0, evaluation(model, problems))
     started, first_step = time.monotonic(), step
     stream = batches(
         config["index"], plan.order, plan.reader(augment=True), settings.batch_size, rank, world_size, step,
@@ -216,7 +216,7 @@ def train_worker(config: dict[str, Any]) -> None:
         last = step == steps
         epoch_ends = [n for n in range(1, settings.epochs + 1) if _step_of_epoch(plan, n) == step]
         if last or any(n % settings.val_every == 0 for n in epoch_ends):
-            metrics |= evaluation(model)
+            metrics |= evaluation(model, problems)
         _post(mailbox, rank, step, metrics)
         if last or any(n % settings.checkpoint_every == 0 for n in epoch_ends):
             with tempfile.TemporaryDirectory() as folder:
@@ -287,15 +287,18 @@ class _Evaluation:
         self.any = bool(held_out.grids)
 
     @torch.no_grad()
-    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+    def __call__(self, model: torch.nn.Module, problems: dict[str, Problem]) -> dict[str, float]:
+        """The metrics; what cannot be read is added to ``problems`` on every rank."""
         if not self.any:
             return {}
+        new: list[Problem] = []
         module = model.module if hasattr(model, "module") else model  # ranks may hold unequally many batches
         sensors, reader = self.plan.sensors, self.plan.reader(augment=False)
         facts = torch.zeros(2 * len(sensors) + 2, dtype=torch.float64, device=self.device)
         size = self.plan.order.share(self.plan.settings.batch_size, self.world_size)
         for start in range(0, len(self.grids), size):
             draws = [reader.read(grid, epoch=-1) for grid in self.grids[start : start + size]]
+            new += [p for draw in draws for p in draw.problems]
             batch = _to_device(collate(draws, sensors), self.device)
             loss_BS = module(batch, {})
             present = batch["present"].to(loss_BS.dtype)
@@ -303,6 +306,7 @@ class _Evaluation:
             facts += torch.cat([(loss_BS * present).sum(0), present.sum(0), torch.stack([total, rows])]).double()
         if self.world_size > 1:
             torch.distributed.all_reduce(facts)
+        problems.update({str(p): p for p in _gather(new, self.world_size)})
         sums, counts = facts[: len(sensors)], facts[len(sensors) : 2 * len(sensors)]
         metrics = {f"val/loss_{s.name}": (sums[i] / counts[i]).item() for i, s in enumerate(sensors) if counts[i] > 0}
         if facts[-1] > 0:
