@@ -225,9 +225,11 @@ def _pretrain(
                 f"  [yellow]skipped[/] {', '.join(f'{n} {reason}' for reason, n in counts.items())}: "
                 f"named in {_short(experiment.folder / 'skipped.txt')}"
             )
-    first = tracker.history(run, "val/loss") or tracker.history(run, "train/loss")
+    name, history = "held-out", tracker.history(run, "val/loss")
+    if not history:
+        name, history = "training", tracker.history(run, "train/loss")
     console.print(
-        f"  {result.steps} steps, {result.samples} samples; held-out loss {first[0][1]:.3f} -> {first[-1][1]:.3f}; "
+        f"  {result.steps} steps, {result.samples} samples; {name} loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; "
         f"checkpoint {_short(result.checkpoint)}"
     )
     state.set(checkpoint=str(result.checkpoint))
