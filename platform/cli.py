@@ -124,7 +124,8 @@ def ui(
     """Open the MLflow store's web page at http://127.0.0.1:5000 (Ctrl-C ends it)."""
     from copernicus.platform.tracking import serve
 
-    console().print(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)")
+    page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
+    console().print(f"MLflow at {page} (Ctrl-C ends it)", soft_wrap=True)
     code = serve(uri, port)
     raise typer.Exit(0 if code in (0, -15, -2) else 1)
 

@@ -178,7 +178,7 @@ class Leaderboard:
             axis.spines[["top", "right"]].set_visible(False)
         for axis in axes[len(tasks) :]:
             axis.set_visible(False)
-        figure.suptitle("Test metric by encoder: mean, 95 % interval over seeds, each seed", fontsize=10)
+        figure.suptitle("Test split: mean, 95 % interval, each seed", fontsize=10)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
         return path

@@ -266,8 +266,12 @@ def _sweep(
         child = tracker.start(f"{cell.task} {cell.name} {trial.role} {trial.number}", trial_tags, run)
         with child.ending():
             child.parameters({**trial.settings, "task": cell.task, "encoder": cell.name, "model": cell.model.name})
+            # The page's comparison plot opens on the first metric that all runs share: for trials of several tasks,
+            # a score of one name. The test split's where there is one, else validation's.
+            metric = TASKS[cell.task].metric_key
+            score = trial.metrics.get(f"test/{metric}", trial.metrics[f"val/{metric}"])
+            child.metrics({"score": score, **trial.metrics}, step=len(trial.curve))
             child.metric_rows(list(enumerate(trial.curve)))
-            child.metrics(trial.metrics, step=len(trial.curve))
         advance(cell, f"{trial.role} {trial.number}")
         return child.id
 

@@ -91,7 +91,7 @@ class Run:
         """Ends the run as what happens inside: finished, failed, or (interrupted by the user) killed."""
         try:
             yield self
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or terminated
             self.end(KILLED)
             raise
         except BaseException as error:

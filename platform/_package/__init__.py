@@ -32,7 +32,9 @@ def _package(name: str) -> ModuleType:
             raise AttributeError(f"module {module.__name__!r} has no attribute {attribute!r}")
         api = importlib.import_module(f"{module.__name__}.api")
         if attribute not in api.__all__:
-            raise AttributeError(f"module {module.__name__!r} has no attribute {attribute!r}; it has {sorted(api.__all__)}")
+            raise AttributeError(
+                f"module {module.__name__!r} has no attribute {attribute!r}; it has {sorted(api.__all__)}"
+            )
         return getattr(api, attribute)
 
     module.__getattr__ = __getattr__  # type: ignore[method-assign]
