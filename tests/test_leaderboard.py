@@ -148,7 +148,7 @@ def test_the_picture_has_a_panel_for_each_task(count, failed, tmp_path):
     names = list(TASKS)[:count]
     cells = {"a": [1.0, 2.0, 3.0], "b": [4.0], "c": [2.0, 2.0]}
     scores = board(**{name: {e: v for e, v in cells.items() if not (failed and e == "b")} for name in names[:1]},
-                   **{name: cells for name in names[1:]})  # fmt: skip
+                   **dict.fromkeys(names[1:], cells))  # fmt: skip
     path = scores.picture(tmp_path / "below" / "leaderboard.png")
     pixels = imread(path)
     columns = min(4, len(names))
