@@ -31,6 +31,7 @@ from omegaconf.errors import (
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.models.zoo import ZOO
+from copernicus.platform.tracking import mask
 
 # Optional[...] rather than `| None` below: OmegaConf reads these annotations on Python 3.10 too.
 # ruff: noqa: UP045
@@ -182,11 +183,17 @@ class Experiment:
         return Path(self.output).absolute() / f"{self.name}-{self.fingerprint}"
 
     def parameters(self) -> dict[str, Any]:
-        """The resolved experiment, flattened: ``pretrain.lr`` -> value."""
-        return dict(_flatten(dataclasses.asdict(self)))
+        """The resolved experiment, flattened: ``pretrain.blr`` -> value. The store's password is masked."""
+        return dict(_flatten(self._shown()))
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(_without_none(dataclasses.asdict(self)), sort_keys=False)
+        """The resolved experiment. The store's password is masked."""
+        return yaml.safe_dump(_without_none(self._shown()), sort_keys=False)
+
+    def _shown(self) -> dict[str, Any]:
+        return dataclasses.asdict(
+            dataclasses.replace(self, tracking=dataclasses.replace(self.tracking, uri=mask(self.tracking.uri)))
+        )
 
 
 SCALES = ("tiny", "small", "full")

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 from copernicus.datasets.sensors import InputError
 
@@ -36,14 +37,10 @@ def quiet() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-def mask(uri: str) -> str:
-    """A tracking URI without its password."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    host = parts.hostname or ""
-    port = f":{parts.port}" if parts.port else ""
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}{port}"))
+def mask(text: str) -> str:
+    """A tracking URI, or a message that holds one, without its password."""
+    text = re.sub(r"(://[^:/@\s]*:)\S*@", r"\1***@", text)
+    return re.sub(r"(password=)[^&\s]*", r"\1***", text)
 
 
 class Run:
@@ -54,10 +51,14 @@ class Run:
         self.id = run_id
 
     def parameters(self, values: Mapping[str, Any]) -> None:
-        """Record parameters (immutable in MLflow: recording the same value again is fine)."""
+        """Record parameters. MLflow never changes one: where a resumed run has another value (fewer workers, say), the
+        first stays and the new one becomes the tag ``changed.<key>``."""
         from mlflow.entities import Param
 
-        params = [Param(k, str(v)[:MAX_PARAMETER]) for k, v in values.items()]
+        recorded = self.tracker.client.get_run(self.id).data.params
+        texts = {k: str(v)[:MAX_PARAMETER] for k, v in values.items()}
+        self.tags({f"changed.{k}": v for k, v in texts.items() if recorded.get(k, v) != v})
+        params = [Param(k, v) for k, v in texts.items() if k not in recorded]
         for start in range(0, len(params), 100):
             self.tracker.client.log_batch(self.id, params=params[start : start + 100])
 
@@ -112,15 +113,17 @@ class Tracker:
         quiet()
         # A server that is down should be said within seconds, not after minutes of back-off.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         self.uri = uri
-        local = urlsplit(uri).scheme in ("sqlite", "postgresql", "mysql", "mssql")
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+        local = uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
         try:
+            if local:
+                _open_database(uri)
             self.client = MlflowClient(uri)
             found = self.client.get_experiment_by_name(experiment)
             if found is None:
@@ -134,8 +137,9 @@ class Tracker:
                 )
             else:
                 self.experiment_id = found.experiment_id
-        except MlflowException as error:
-            raise InputError(f"tracking.uri: cannot use {mask(uri)}: {str(error).splitlines()[0]}") from None
+        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+            reason = mask(str(error).strip().splitlines()[0])
+            raise InputError(f"tracking.uri: cannot use {mask(uri)}: {reason}") from None
 
     def start(self, name: str, tags: Mapping[str, Any], parent: Run | None = None, run_id: str | None = None) -> Run:
         """Start a run, or go on with ``run_id`` (an interrupted one that still exists)."""
@@ -154,7 +158,9 @@ class Tracker:
 
         try:
             found = self.client.get_run(run_id)
-        except MlflowException:
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             return None
         return Run(self, run_id) if found.info.lifecycle_stage == "active" else None
 
@@ -180,6 +186,19 @@ class Tracker:
         runs = quote(json.dumps(list(run_ids), separators=(",", ":")), safe="")
         experiments = quote(json.dumps([self.experiment_id]), safe="")
         return f"{self.page}/#/compare-runs?runs={runs}&experiments={experiments}&{TRAINING}"
+
+
+def _open_database(uri: str) -> None:
+    """Fails at once where MLflow would try again for minutes."""
+    import sqlalchemy
+
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        sqlalchemy.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
 
 
 def git_commit(folder: Path | None = None) -> str:
