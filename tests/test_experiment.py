@@ -129,6 +129,13 @@ def test_a_value_may_hold_an_equals_sign():
     assert load("tracking.uri=postgresql://host/db?sslmode=require").tracking.uri.endswith("?sslmode=require")
 
 
+def test_a_password_is_used_but_not_shown():
+    e = load("tracking.uri=postgresql://someone:secret@host/db")
+    assert e.tracking.uri == "postgresql://someone:secret@host/db"
+    assert "secret" not in e.to_yaml() + str(e.parameters())
+    assert e.parameters()["tracking.uri"] == "postgresql://someone:***@host/db"
+
+
 def test_an_override_of_a_section_replaces_it_whole():
     e = load("sweep.search.lr={values: [1e-3, 0.1]}", "sweep.encoders={mine: {weights: none}}")
     assert e.sweep is not None
