@@ -1,1 +1,1 @@
-from copernicus.datasets.api import *
+from copernicus.datasets.api import *  # noqa: F403

@@ -1,1 +1,1 @@
-from copernicus.models.api import *
+from copernicus.models.api import *  # noqa: F403
