@@ -149,7 +149,7 @@ class MaskedAutoencoder(CopernicusFMViT):
             samples: sensor name -> normalised images (B, C, H, W), with anything at all where a row lacks the sensor.
             sensors: sensor name -> what its channels are.
             metadata: sensor name -> (B, 4) rows, NaN for unknown.
-            noise: sensor name -> (B, L) uniform numbers; each row hides the patches of its largest (see ``draws.py``).
+            noise: sensor name -> (B, L) uniform numbers; each row hides the patches of its largest.
             channels: sensor name -> bands to use in this step; all by default.
             present: sensor name -> (B,) bool, True where the row has the sensor; all by default.
 

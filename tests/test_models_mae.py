@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from copernicus.datasets.sensors import SENSORS, InputError, Sensor
 from copernicus.models.distillation import DISTILL_WEIGHT, distillation_loss
-from copernicus.models.draws import draw_step
 from copernicus.models.language import LanguageTable
 from copernicus.models.masked_autoencoder import MaskedAutoencoder, parameter_groups, patchify, unpatchify
 from copernicus.models.vit import CopernicusFMViT
@@ -290,38 +289,3 @@ def test_images_with_too_few_tokens_are_refused():
         small_model().forward_sensor(torch.zeros(1, 2, 16, 16), SENSORS["s1_grd"], None, torch.zeros(1, 1))
     with pytest.raises(InputError, match="noise"):
         small_model().forward_sensor(SAMPLES["s1_grd"], SENSORS["s1_grd"], None, torch.zeros(2, 4))
-
-
-def test_draws_follow_the_grid_whoever_meets_it():
-    grids = ["0200599", "0100001"]
-    draws = draw_step(SAMPLES, SENSORS, METADATA, grids, seed=3, epoch=1, drop_prob=0.3)
-    turned = draw_step(
-        {k: v.flip(0) for k, v in SAMPLES.items()}, SENSORS, {k: v.flip(0) for k, v in METADATA.items()},
-        grids[::-1], seed=3, epoch=1, drop_prob=0.3,
-    )  # fmt: skip
-    later = draw_step(SAMPLES, SENSORS, METADATA, grids, seed=3, epoch=2, drop_prob=0.3)
-    for name in SENSORS:
-        assert torch.equal(draws.noise[name], turned.noise[name].flip(0))
-        assert torch.equal(draws.metadata[name].isnan(), turned.metadata[name].flip(0).isnan())
-        assert not torch.equal(draws.noise[name], later.noise[name])
-        assert not METADATA[name].isnan().any()
-    assert set(draws.channels) == {"s2_toa", "s3_olci"}
-    assert not torch.equal(draws.noise["s5p_co"], draws.noise["s5p_o3"])
-
-
-def test_draws_have_the_shares_they_should():
-    grids = [f"{i:07d}" for i in range(400)]
-    samples = {"s2_toa": torch.empty(400, 13, 32, 32, device="meta")}
-    metadata = {"s2_toa": torch.zeros(400, 4)}
-    draws = draw_step(samples, SENSORS, metadata, grids, seed=0, epoch=0, drop_prob=0.25)
-    dropped = draws.metadata["s2_toa"].isnan()
-    assert torch.equal(dropped[:, 0], dropped[:, 1])
-    for column in (0, 2, 3):  # binomial(400, 0.25): deviation 0.022
-        assert 0.16 < float(dropped[:, column].float().mean()) < 0.34
-    assert float(draws.noise["s2_toa"].mean()) == pytest.approx(0.5, abs=0.05)
-    counts = [
-        len(draw_step(samples, SENSORS, metadata, [g] * 400, seed=0, epoch=e).channels["s2_toa"])
-        for e, g in enumerate(grids[:40])
-    ]
-    assert min(counts) == 9
-    assert max(counts) == 13
