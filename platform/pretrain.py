@@ -206,11 +206,11 @@ def train_worker(config: dict[str, Any]) -> None:
             message = (
                 f"the loss became {metrics['train/loss']} at step {step}; lower pretrain.blr or set clip_grad_norm"
             )
-            ray.train.report({"failed": message})
+            _stop(mailbox, rank, message)
             return
         if share > settings.max_skipped:
             _post(mailbox, rank, step, metrics)
-            ray.train.report({"failed": too_many_skipped(list(problems.values()), share, settings.max_skipped)})
+            _stop(mailbox, rank, too_many_skipped(list(problems.values()), share, settings.max_skipped))
             return
 
         last = step == steps
@@ -398,8 +398,8 @@ def pretrain(
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise PretrainFailed(f"workers failed more than pretrain.max_failures times: {_cause(error)}") from error
-    if failed := (result.metrics or {}).get("failed"):
-        raise PretrainFailed(failed)
+    if (reason := ray.get(mailbox.reason.remote())) is not None:
+        raise PretrainFailed(reason)
     if result.checkpoint is None:
         raise PretrainFailed("training ended without a checkpoint")
     checkpoint = Path(result.checkpoint.path) / CHECKPOINT_FILE
@@ -451,9 +451,16 @@ def _mailbox() -> Any:
     class Mailbox:
         def __init__(self) -> None:
             self.messages: list[tuple[int, dict[str, float]]] = []
+            self.stopped: str | None = None
 
         def put(self, step: int, metrics: dict[str, float]) -> None:
             self.messages.append((step, metrics))
+
+        def stop(self, reason: str) -> None:
+            self.stopped = reason
+
+        def reason(self) -> str | None:
+            return self.stopped
 
         def drain(self) -> list[tuple[int, dict[str, float]]]:
             messages, self.messages = self.messages, []
@@ -502,6 +509,15 @@ class _Listener:
 def _post(mailbox: Any, rank: int, step: int, metrics: dict[str, float]) -> None:
     if rank == 0 and metrics:
         mailbox.put.remote(step, metrics)
+
+
+def _stop(mailbox: Any, rank: int, reason: str) -> None:
+    """Ends the run for a reason that another attempt would meet again: raising would only be retried. Every rank finds
+    the same reason in the same step and returns."""
+    import ray
+
+    if rank == 0:
+        ray.get(mailbox.stop.remote(reason))
 
 
 def _to_device(columns: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:

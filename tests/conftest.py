@@ -21,6 +21,10 @@ SIZES = {"s1_grd": 32, "s2_toa": 32, "s3_olci": 16, "s5p_co": 8, "s5p_no2": 8, "
 """What a small model is fed from them."""
 
 
+BRIGHT = 1.5
+"""Of all test images, in deviations: something that a model can learn in a few steps."""
+
+
 def smooth(rng: np.random.Generator, *shape: int) -> np.ndarray:
     """Low-frequency noise of about unit deviation over the last two axes."""
     coarse = rng.standard_normal((*shape[:-2], 4, 4))
@@ -47,14 +51,14 @@ def make_grid(number: int, missing: tuple[str, ...] = (), seed: int = 0) -> Grid
         mean, std = (np.asarray(v * channels if len(v) == 1 else v)[:, None, None] for v in (sensor.mean, sensor.std))
         scale = np.asarray(sensor.scale * channels if len(sensor.scale) == 1 else sensor.scale)[:, None, None]
         if sensor.name in ("s1_grd", "s2_toa"):
-            x = (smooth(rng, 2, 3, channels, side, side) * std + mean) / scale
+            x = ((BRIGHT + smooth(rng, 2, 3, channels, side, side)) * std + mean) / scale
             dates = ["20200115", "20200615", "20201015"]
             images[sensor.name] = [[[f"{name}/{p}_{lon:.4f}_{lat:.4f}/{d}"] for d in dates] for p in range(2)]
         elif sensor.name == "dem":
             x = 500 + 200 * smooth(rng, side, side)
             images[sensor.name] = [[name]]
         else:
-            x = (smooth(rng, 3, channels, side, side) * std + mean) / scale
+            x = ((BRIGHT + smooth(rng, 3, channels, side, side)) * std + mean) / scale
             images[sensor.name] = [[f"{name}/2020{m:02d}15"] for m in (1, 6, 10)]
         arrays[sensor.name] = x.astype(np.int16 if sensor.name == "s2_toa" else np.float32)
     return Grid(key, arrays, images)
