@@ -28,6 +28,7 @@ from copernicus.datasets.slices import DrawReader, GridIndex, Problem, collate, 
 from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.models.zoo import create_model
 from copernicus.platform.experiment import Pretrain
+from copernicus.platform.mailbox import Listener, new_mailbox, post, stop_run
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -142,7 +143,7 @@ def train_worker(config: dict[str, Any]) -> None:
     groups = parameter_groups(loss_module, settings.weight_decay)
     trained = [p for p in loss_module.parameters() if p.requires_grad]
     assert sum(len(g["params"]) for g in groups) == len(trained), "a parameter escaped the optimiser"
-    optimizer = torch.optim.AdamW(groups, betas=tuple(settings.betas), lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(settings.betas[0], settings.betas[1]), lr=0.0, fused=True)
 
     step, problems = 0, {str(p): p for p in plan.problems}
     if (found := ray.train.get_checkpoint()) is not None:
@@ -156,7 +157,7 @@ def train_worker(config: dict[str, Any]) -> None:
     steps = plan.order.steps(settings.batch_size)
     evaluation = _Evaluation(plan, held_out, rank, world_size, device)
     if step == 0:
-        _post(mailbox, rank, 0, evaluation(model, problems))
+        post(mailbox, rank, 0, evaluation(model, problems))
     started, first_step = time.monotonic(), step
     stream = batches(
         config["index"], plan.order, plan.reader(augment=True), settings.batch_size, rank, world_size, step,
@@ -206,18 +207,18 @@ def train_worker(config: dict[str, Any]) -> None:
             message = (
                 f"the loss became {metrics['train/loss']} at step {step}; lower pretrain.blr or set clip_grad_norm"
             )
-            _stop(mailbox, rank, message)
+            stop_run(mailbox, rank, message)
             return
         if share > settings.max_skipped:
-            _post(mailbox, rank, step, metrics)
-            _stop(mailbox, rank, too_many_skipped(list(problems.values()), share, settings.max_skipped))
+            post(mailbox, rank, step, metrics, wait=True)
+            stop_run(mailbox, rank, too_many_skipped(list(problems.values()), share, settings.max_skipped))
             return
 
         last = step == steps
         epoch_ends = [n for n in range(1, settings.epochs + 1) if _step_of_epoch(plan, n) == step]
         if last or any(n % settings.val_every == 0 for n in epoch_ends):
             metrics |= evaluation(model, problems)
-        _post(mailbox, rank, step, metrics)
+        post(mailbox, rank, step, metrics, wait=last)
         if last or any(n % settings.checkpoint_every == 0 for n in epoch_ends):
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = None
@@ -292,7 +293,7 @@ class _Evaluation:
         if not self.any:
             return {}
         new: list[Problem] = []
-        module = model.module if hasattr(model, "module") else model  # ranks may hold unequally many batches
+        module: Any = model.module if hasattr(model, "module") else model  # ranks may hold unequally many batches
         sensors, reader = self.plan.sensors, self.plan.reader(augment=False)
         facts = torch.zeros(2 * len(sensors) + 2, dtype=torch.float64, device=self.device)
         size = self.plan.order.share(self.plan.settings.batch_size, self.world_size)
@@ -371,7 +372,7 @@ def pretrain(
     on_plan(plan, train, held_out)
 
     steps = plan.order.steps(settings.batch_size)
-    mailbox = _mailbox()
+    mailbox = new_mailbox()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -393,7 +394,7 @@ def pretrain(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
         ),
     )
-    with _Listener(mailbox, steps, on_metrics, on_progress), _interruptible():
+    with Listener(mailbox, steps, on_metrics, on_progress), _interruptible():
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -442,82 +443,6 @@ def _interruptible() -> Iterator[None]:
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
-
-
-def _mailbox() -> Any:
-    """A small actor through which workers send figures to the driver; it costs no CPU and blocks nobody."""
-    import ray
-
-    class Mailbox:
-        def __init__(self) -> None:
-            self.messages: list[tuple[int, dict[str, float]]] = []
-            self.stopped: str | None = None
-
-        def put(self, step: int, metrics: dict[str, float]) -> None:
-            self.messages.append((step, metrics))
-
-        def stop(self, reason: str) -> None:
-            self.stopped = reason
-
-        def reason(self) -> str | None:
-            return self.stopped
-
-        def drain(self) -> list[tuple[int, dict[str, float]]]:
-            messages, self.messages = self.messages, []
-            return messages
-
-    return ray.remote(num_cpus=0)(Mailbox).remote()
-
-
-class _Listener:
-    """Hands the mailbox's messages to the driver's callbacks while the trainer runs."""
-
-    def __init__(self, mailbox: Any, steps: int, on_metrics: Callable, on_progress: Callable):
-        self.mailbox, self.steps, self.on_metrics, self.on_progress = mailbox, steps, on_metrics, on_progress
-        self.stopping = threading.Event()
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._listen, daemon=True)
-
-    def __enter__(self) -> _Listener:
-        self.thread.start()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.stopping.set()
-        self.thread.join(timeout=30)
-        if self.error is not None and error is None:
-            raise self.error
-
-    def _listen(self) -> None:
-        import ray
-
-        try:
-            while True:
-                stopping = self.stopping.is_set()  # before the drain: what was sent until now is still handed on
-                messages = ray.get(self.mailbox.drain.remote(), timeout=20)
-                for step, metrics in messages:
-                    self.on_metrics(step, metrics)
-                if messages:
-                    self.on_progress(messages[-1][0], self.steps, messages[-1][1])
-                if stopping:
-                    return
-                self.stopping.wait(0.3)
-        except BaseException as error:  # raised again by __exit__ on the main thread
-            self.error = error
-
-
-def _post(mailbox: Any, rank: int, step: int, metrics: dict[str, float]) -> None:
-    if rank == 0 and metrics:
-        mailbox.put.remote(step, metrics)
-
-
-def _stop(mailbox: Any, rank: int, reason: str) -> None:
-    """Ends the run for a reason that another attempt would meet again: raising would only be retried. Every rank finds
-    the same reason in the same step and returns."""
-    import ray
-
-    if rank == 0:
-        ray.get(mailbox.stop.remote(reason))
 
 
 def _to_device(columns: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:

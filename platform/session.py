@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 LOUD_LOGGERS = ("ray", "ray.train", "ray.tune", "ray.data", "ray._private")
 
@@ -31,7 +32,7 @@ def ray_session(verbose: bool = False) -> Iterator[dict[str, float]]:
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS")
     # Two logical CPUs at least: one worker and the reading of its data must fit even on a one-core machine.
-    local = {} if address else {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
+    local: dict[str, Any] = {} if address else {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
     ray.init(address=address, logging_level=level, log_to_driver=verbose, configure_logging=True, **local)
     if not verbose:
         silence()

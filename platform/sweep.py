@@ -159,7 +159,7 @@ def _run_cell(
         on_progress(cell, "seeds")
         probe = ray.remote(run_trial).options(**resources)
         running = {
-            probe.remote(cell, settings, best, features, s, final=True): s
+            probe.remote(cell, settings, best, features, s, True): s
             for s in seeds
             if wanted[seeds.index(s)] not in journal.rows
         }
@@ -277,7 +277,7 @@ def _search(
         results = tuner.fit()
     if results.num_errors == len(results):
         raise SweepFailed(f"all {len(results)} trials failed: {_last_line(results.errors[0])}")
-    best = {k: float(v) for k, v in results.get_best_result(metric, mode).config.items()}
+    best = {k: float(v) for k, v in (results.get_best_result(metric, mode).config or {}).items()}
     done.write_text(json.dumps(best))
     return best
 

@@ -1,0 +1,88 @@
+"""How workers tell the driver what happens: figures, progress, and a reason to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+def new_mailbox() -> Any:
+    """A small actor through which workers send figures to the driver; it costs no CPU and blocks nobody."""
+    import ray
+
+    class Mailbox:
+        def __init__(self) -> None:
+            self.messages: list[tuple[int, dict[str, float]]] = []
+            self.stopped: str | None = None
+
+        def put(self, step: int, metrics: dict[str, float]) -> None:
+            self.messages.append((step, metrics))
+
+        def stop(self, reason: str) -> None:
+            self.stopped = reason
+
+        def reason(self) -> str | None:
+            return self.stopped
+
+        def drain(self) -> list[tuple[int, dict[str, float]]]:
+            messages, self.messages = self.messages, []
+            return messages
+
+    return ray.remote(num_cpus=0)(Mailbox).remote()
+
+
+class Listener:
+    """Hands the mailbox's messages to the driver's callbacks while the trainer runs."""
+
+    def __init__(self, mailbox: Any, steps: int, on_metrics: Callable, on_progress: Callable):
+        self.mailbox, self.steps, self.on_metrics, self.on_progress = mailbox, steps, on_metrics, on_progress
+        self.stopping = threading.Event()
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> Listener:
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.stopping.set()
+        self.thread.join(timeout=30)
+        if self.error is not None and error is None:
+            raise self.error
+
+    def _listen(self) -> None:
+        import ray
+
+        try:
+            while True:
+                stopping = self.stopping.is_set()  # before the drain: what was sent until now is still handed on
+                messages = ray.get(self.mailbox.drain.remote(), timeout=20)
+                for step, metrics in messages:
+                    self.on_metrics(step, metrics)
+                if messages:
+                    self.on_progress(messages[-1][0], self.steps, messages[-1][1])
+                if stopping:
+                    return
+                self.stopping.wait(0.3)
+        except BaseException as error:  # raised again by __exit__ on the main thread
+            self.error = error
+
+
+def post(mailbox: Any, rank: int, step: int, metrics: dict[str, float], wait: bool = False) -> None:
+    """Rank 0 sends a step's figures; ``wait`` until they have arrived (the last ones, or the driver may be gone)."""
+    if rank == 0 and metrics:
+        sent = mailbox.put.remote(step, metrics)
+        if wait:
+            import ray
+
+            ray.get(sent)
+
+
+def stop_run(mailbox: Any, rank: int, reason: str) -> None:
+    """Ends the run for a reason that another attempt would meet again: raising would only be retried. Every rank finds
+    the same reason in the same step and returns."""
+    import ray
+
+    if rank == 0:
+        ray.get(mailbox.stop.remote(reason))
