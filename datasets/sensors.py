@@ -102,9 +102,10 @@ class Sensor:
                 f"{tuple(x_CHW.shape)}, expected (..., {self.channels}, height, width)"
             )
         if isinstance(x_CHW, np.ndarray):
-            x = x_CHW.astype(np.float32)
-            scale, mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.scale, self.mean, self.std))
-            return np.nan_to_num((x * scale - mean) / std, nan=0.0, posinf=0.0, neginf=0.0)
+            factor, shift, spread = (
+                np.asarray(v, np.float32)[:, None, None] for v in (self.scale, self.mean, self.std)
+            )
+            return np.nan_to_num((x_CHW.astype(np.float32) * factor - shift) / spread, nan=0.0, posinf=0.0, neginf=0.0)
         import torch
 
         x = x_CHW.float()

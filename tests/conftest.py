@@ -14,7 +14,16 @@ from copernicus.datasets.shards import Grid, grid_index, grid_key, grid_name, wr
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-SIDES = {"s1_grd": 40, "s2_toa": 40, "s3_olci": 32, "s5p_co": 28, "s5p_no2": 28, "s5p_o3": 28, "s5p_so2": 28, "dem": 256}
+SIDES = {
+    "s1_grd": 40,
+    "s2_toa": 40,
+    "s3_olci": 32,
+    "s5p_co": 28,
+    "s5p_no2": 28,
+    "s5p_o3": 28,
+    "s5p_so2": 28,
+    "dem": 256,
+}
 """Stored sides of the test shards, pixels."""
 
 SIZES = {"s1_grd": 32, "s2_toa": 32, "s3_olci": 16, "s5p_co": 8, "s5p_no2": 8, "s5p_o3": 8, "s5p_so2": 8, "dem": 128}
