@@ -62,9 +62,9 @@ def test_a_crop_is_the_pixels_it_names_and_a_flip_mirrors_west_and_east():
 
 
 def test_resampling_is_antialiased_and_keeps_what_is_linear():
-    # Halving a checkerboard of single pixels must give its mean; point sampling would give black or white.
-    board = (torch.arange(32)[:, None] + torch.arange(32)) % 2
-    out = apply_crop(board[None].float(), Crop(0, 0, 32, 32), 16)
+    # A third of a checkerboard of single pixels must give its mean; point sampling would give black or white.
+    board = (torch.arange(33)[:, None] + torch.arange(33)) % 2
+    out = apply_crop(board[None].float(), Crop(0, 0, 33, 33), 11)
     assert (out[:, 2:-2, 2:-2] - 0.5).abs().max() < 0.05
     # Pixel centres keep their place: a ramp's value at the centre of each new pixel.
     ramp = torch.arange(16, dtype=torch.float32).expand(1, 16, 16)
