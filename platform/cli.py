@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -84,7 +85,12 @@ def leaderboard(
     from copernicus.platform.leaderboard import Leaderboard
     from copernicus.platform.run import read_leaderboard
 
-    scores = tuple(score for folder in folders for score in read_leaderboard(folder).scores)
+    scores = tuple(
+        # Encoders of one name in two experiments are two encoders.
+        dataclasses.replace(score, encoder=f"{folder.name}/{score.encoder}") if len(folders) > 1 else score
+        for folder in folders
+        for score in read_leaderboard(folder).scores
+    )
     console().print(Leaderboard(scores).table())
 
 
@@ -102,13 +108,16 @@ def encode(
     language: Annotated[Path | None, typer.Option(help="Language embeddings of variables' names.")] = None,
 ) -> None:
     """Embed real images: reads bands, place and date, says what it found, draws what the encoder sees."""
+    from copernicus.datasets.sensors import InputError
     from copernicus.platform.encode import encode_command
     from copernicus.platform.pretrain import architecture
 
     sizes = _numbers([i for i in images if "=" in i and not Path(i).exists()])
     files = [i for i in images if "=" not in i or Path(i).exists()]
     known = architecture(weights) if weights else None
-    name, overrides = known if known and model is None else (model or "copernicus_fm_base", {})
+    name, overrides = known or (model or "copernicus_fm_base", {})
+    if known and ((model or name) != name or any(overrides.get(k, v) != v for k, v in sizes.items())):
+        raise InputError(f"--weights {weights} is of {name} {overrides}; leave the model and its sizes out")
     summary = encode_command(
         files, sensor, weights, out, name, {"global_pool": True, **overrides, **sizes}, console(),
         image_size=image_size, patch_kernel=patch_kernel, language=language,

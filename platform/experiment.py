@@ -121,6 +121,7 @@ class Encoder:
     weights: str = "none"
     model: Optional[Model] = None
     seed: int = 0
+    language: Optional[str] = None  # file of language embeddings of variables' names; none: stand-ins
 
 
 @dataclass(frozen=True)
@@ -411,6 +412,8 @@ def _validate(e: Experiment, source: str) -> None:
         for name, space in s.search.items():
             here = f"sweep.search.{name}"
             choice(here, name, ("lr", "weight_decay", "batch_size", "epochs"))
+            if name in ("batch_size", "epochs") and not space.values:
+                raise wrong(here, "a whole number: give values, as in values: [16, 32]")
             ranged = space.low is not None and space.high is not None
             if ranged == bool(space.values):
                 raise wrong(here, "give either low and high, or values")

@@ -48,6 +48,8 @@ class Listener:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.stopping.set()
         self.thread.join(timeout=30)
+        if error is None and self.thread.is_alive():
+            raise RuntimeError("the tracking store did not take the last figures within 30 s; the same command resumes")
         if self.error is not None and error is None:
             raise self.error
 

@@ -83,7 +83,7 @@ class Plan:
             return None
         low, high = self.settings.channel_fraction
         rng = generator("channels", self.seed, step, sensor.name)
-        count = int(rng.integers(math.ceil(low * sensor.channels), math.floor(high * sensor.channels) + 1))
+        count = int(rng.integers(max(1, int(low * sensor.channels)), int(high * sensor.channels) + 1))  # as published
         return sorted(rng.permutation(sensor.channels)[:count].tolist())
 
 
@@ -155,6 +155,10 @@ def train_worker(config: dict[str, Any]) -> None:
         problems |= {str(p): p for p in (Problem(*fields) for fields in saved["problems"])}
 
     steps = plan.order.steps(settings.batch_size)
+    evaluate_at, save_at = (
+        {_step_of_epoch(plan, n) for n in range(every, settings.epochs + 1, every)}
+        for every in (settings.val_every, settings.checkpoint_every)
+    )
     evaluation = _Evaluation(plan, held_out, rank, world_size, device)
     if step == 0:
         post(mailbox, rank, 0, evaluation(model, problems))
@@ -215,11 +219,10 @@ def train_worker(config: dict[str, Any]) -> None:
             return
 
         last = step == steps
-        epoch_ends = [n for n in range(1, settings.epochs + 1) if _step_of_epoch(plan, n) == step]
-        if last or any(n % settings.val_every == 0 for n in epoch_ends):
+        if last or step in evaluate_at:
             metrics |= evaluation(model, problems)
         post(mailbox, rank, step, metrics, wait=last)
-        if last or any(n % settings.checkpoint_every == 0 for n in epoch_ends):
+        if last or step in save_at:
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = None
                 if rank == 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -87,15 +88,15 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
 
     tags = {"kind": experiment.kind, "experiment": experiment.name, "fingerprint": experiment.fingerprint}
     tags |= {"mlflow.source.git.commit": git_commit(), "git_commit": git_commit()}
-    resumed = state.get("run_id") is not None
-    parent = tracker.start(experiment.name, tags, run_id=state.get("run_id"))
+    earlier = state.get("run_id")
+    parent = tracker.start(experiment.name, tags, run_id=earlier)
     state.set(run_id=parent.id)
-    if resumed:
+    if parent.id == earlier:
         console.print(f"Going on with the MLflow run {parent.id}")
-    else:
+    failed: dict[str, str] = {}
+    with parent.ending(), ray_session(verbose):
         parent.parameters(experiment.parameters())
         parent.text(experiment.to_yaml(), "experiment.yaml")
-    with parent.ending(), ray_session(verbose):
         checkpoint: Path | None = None
         if "pretrain" in sections:
             with _stage("pretrain", sections, seconds, console):
@@ -105,10 +106,14 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
         if "sweep" in sections:
             with _stage("sweep", sections, seconds, console):
                 assert experiment.sweep is not None
-                _sweep(experiment, experiment.sweep, checkpoint, state, tracker, parent, console)
+                failed = _sweep(experiment, experiment.sweep, checkpoint, state, tracker, parent, console)
         parent.metrics({f"seconds/{name}": s for name, s in seconds.items()})
-    state.set(done=True, seconds=seconds)
+    state.set(done=not failed, seconds=seconds)
     _closing(experiment, state, tracker, console, time.monotonic() - started)
+    if failed:
+        from copernicus.platform.sweep import SweepFailed
+
+        raise SweepFailed(f"{len(failed)} cells failed: {', '.join(failed)}")
 
 
 @contextlib.contextmanager
@@ -149,10 +154,16 @@ def make_miniature(settings: Miniature, console: Console) -> None:
             workers=os.cpu_count() or 1,
             progress=lambda what, done, total: update(done, total, what),
         )
+    from copernicus.datasets.miniature.preview import preview
+
+    picture = summary.folder / "preview.png"
+    if not picture.exists():
+        preview(summary.folder)
     tasks = ", ".join(f"{name} {sum(splits.values())}" for name, splits in summary.samples.items())
     console.print(
         f"  {summary.grids} grids in {len(summary.shards)} shards; tasks: {tasks}; in {_short(summary.folder)}"
     )
+    console.print(f"  look at {_short(picture)}")
 
 
 def _pretrain(
@@ -190,6 +201,11 @@ def _pretrain(
 
     def on_plan(plan: Any, train: Any, held_out: Any) -> None:
         held.extend([plan, held_out])
+        if state.get("data_fingerprint") not in (None, train.fingerprint):
+            raise InputError(
+                "pretrain.shards: the shards have changed since this run began; put them back, or give --fresh to start anew"
+            )
+        state.set(data_fingerprint=train.fingerprint)
         run.tags({"data_fingerprint": train.fingerprint})
         if not single:
             run.parameters({k: v for k, v in experiment.parameters().items() if k.startswith(("pretrain.", "seed"))})
@@ -244,7 +260,8 @@ def _sweep(
     tracker: Tracker,
     parent: Run,
     console: Console,
-) -> None:
+) -> dict[str, str]:
+    """Runs the sweep; returns the errors of the cells that failed."""
     from copernicus.platform.sweep import Cell, Trial, cells, sweep
 
     pretrained = experiment.pretrain.model if experiment.pretrain else None
@@ -296,6 +313,7 @@ def _sweep(
         console.print(f"  [red]failed[/] {key}: {message}")
     if failed:
         run.tags({"failed_cells": ", ".join(failed)})
+    return failed
 
 
 def _trials(settings: Sweep) -> int:
@@ -345,6 +363,11 @@ def _closing(
         leaderboard = read_leaderboard(folder)
         console.print()
         console.print(leaderboard.table())
+        for a, b in itertools.permutations(leaderboard.encoders, 2):
+            if wins := leaderboard.wins(a, b):
+                console.print(
+                    f"{a} beats {b} on {wins} of {len(leaderboard.tasks)} tasks by more than either deviation."
+                )
         compare = [s.run_id for s in leaderboard.scores]
     console.print()
     stages = state.get("seconds") or {}

@@ -64,7 +64,8 @@ def batches(
             start_step=start_step,
         ),
         batch_size=rows_per_block,
-        num_cpus=data_cpus / world_size,
+        num_cpus=min(1.0, data_cpus / world_size),
+        concurrency=max(1, round(data_cpus / world_size)),
         zero_copy_batch=True,
     )  # fmt: skip
     yield from dataset.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2)

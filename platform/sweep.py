@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
 
 from copernicus.datasets.bench import TASKS
+from copernicus.datasets.sensors import InputError
 from copernicus.platform.experiment import Encoder, Model, Space, Sweep
 from copernicus.platform.features import TaskFeatures, encode_task
 from copernicus.platform.leaderboard import Leaderboard, Score
@@ -35,6 +38,7 @@ class Cell:
     model: Model
     weights: str
     seed: int  # of the encoder's initial weights
+    language: str | None = None  # file of language embeddings, for tasks of variables
 
     @property
     def key(self) -> str:
@@ -64,16 +68,26 @@ def cells(settings: Sweep, pretrained: Model | None, checkpoint: Path | None) ->
         model = encoder.model or pretrained
         assert model is not None, "checked when the experiment was loaded"
         weights = str(checkpoint) if encoder.weights == "pretrain" else encoder.weights
-        return Cell(task, name, model, weights, encoder.seed)
+        return Cell(task, name, model, weights, encoder.seed, encoder.language)
 
     return [cell(task, name, encoder) for task in settings.tasks for name, encoder in settings.encoders.items()]
 
 
 def build_encoder(cell: Cell) -> Any:
     """The cell's encoder: mean-pooled patch tokens, frozen."""
+    from copernicus.models.language import LanguageTable
     from copernicus.models.zoo import create_model, load_weights
+    from copernicus.platform.pretrain import architecture
 
-    model = create_model(cell.model.name, global_pool=True, seed=cell.seed, **cell.model.encoder_overrides())
+    sizes = cell.model.encoder_overrides()
+    # Shapes do not tell the number of heads: a checkpoint of ours says what it is.
+    known = None if cell.weights.startswith("hf://") else architecture(cell.weights)
+    if known is not None and known != (cell.model.name, sizes):
+        raise InputError(
+            f"encoder {cell.name}: {cell.weights} is of {known[0]} {known[1]}, not {cell.model.name} {sizes}"
+        )
+    language = {"language": LanguageTable.load(cell.language)} if cell.language else {}
+    model = create_model(cell.model.name, global_pool=True, seed=cell.seed, **sizes, **language)
     if cell.weights != "none":
         load_weights(model, cell.weights)
     return model.eval().requires_grad_(False)
@@ -243,23 +257,20 @@ def _search(
         metrics, curve = run_trial(cell, settings, chosen, features, seed, final=False)
         tune.report({**metrics, "curve": curve})
 
-    searcher = None
     space = {name: _domain(s, settings.searcher) for name, s in settings.search.items()}
+    searcher: Any = BasicVariantGenerator(random_state=seed)
     if settings.searcher == "optuna":
-        from ray.tune.search.optuna import OptunaSearch
-
         searcher = OptunaSearch(metric=metric, mode=mode, seed=seed)
     run_config = tune.RunConfig(name="tune", storage_path=str(folder), callbacks=[Recorder(cell.key)], verbose=0)
     resources = {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}
     bounded = tune.with_resources(trainable, resources)
     path = folder / "tune"
-    tuner = None
-    if path.exists():
-        try:
-            tuner = tune.Tuner.restore(str(path), trainable=bounded, resume_unfinished=True, resume_errored=True)
-        except Exception:  # killed before Tune had written its state whole: nothing of this search was finished
-            shutil.rmtree(path)
-    if tuner is None:
+    state = path / "tuner.pkl"
+    if tune.Tuner.can_restore(str(path)) and state.stat().st_size:
+        tuner = tune.Tuner.restore(str(path), trainable=bounded, resume_unfinished=True, resume_errored=True)
+    else:
+        # Killed before Tune had written its state: no trial was begun.
+        shutil.rmtree(path, ignore_errors=True)
         config = tune.TuneConfig(
             metric=metric,
             mode=mode,
