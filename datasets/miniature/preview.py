@@ -157,7 +157,7 @@ def _draw_grid(axes: list[Axes], pretrain: Path) -> None:
 
 def _draw_classification(axes: np.ndarray, root: Path) -> None:
     paths = {folder.name: min(folder.glob("*.tif")) for folder in sorted((root / "all_imgs").iterdir())}
-    for ax, (name, path) in zip(axes, paths.items(), strict=True):
+    for ax, (name, path) in zip(axes, paths.items(), strict=False):  # a tiny miniature may lack a class
         ax.imshow(_s2_colour(_read(path)))
         ax.set_title(name, fontsize=9)
 
