@@ -91,13 +91,14 @@ def test_a_miniature_is_made_once_and_then_found(tmp_path, monkeypatch):
     settings = Miniature(str(tmp_path / "planet"), grids=3, seed=1, scale="tiny")
     console, text = off_terminal()
     make_miniature(settings, console)
-    said = text.getvalue().splitlines()[-1]
+    said, look = text.getvalue().splitlines()[-2:]
+    assert look.endswith("preview.png")
     assert "3 grids in 2 shards" in said
     assert "eurosat_s2 3" in said
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "planet").rglob("*") if p.is_file()}
     assert sum(p.suffix == ".tar" for p in files) == 2
     make_miniature(settings, console)
-    assert text.getvalue().splitlines()[-1] == said
+    assert text.getvalue().splitlines()[-2:] == [said, look]
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "planet").rglob("*") if p.is_file()} == files
 
 
