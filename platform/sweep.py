@@ -276,6 +276,7 @@ def _search(
             mode=mode,
             num_samples=1 if settings.searcher == "grid" else settings.trials,
             search_alg=searcher,
+            reuse_actors=True,  # a new process a trial would cost more than the trial
         )
         tuner = tune.Tuner(bounded, param_space=space, tune_config=config, run_config=run_config)
 
