@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from test_run import command, copernicus, runs
+from test_run import command, copernicus, interruptible, runs
 
 from copernicus.datasets.miniature import write_miniature
 
@@ -34,7 +34,11 @@ def test_ctrl_c_in_a_search_is_resumable(tmp_path):
     write_miniature(tmp_path / "planet", 2, 0, "tiny")
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     process = subprocess.Popen(
-        command("run", "sweep.yaml"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command("run", "sweep.yaml"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=interruptible,
     )
     try:
         deadline = time.monotonic() + 180

@@ -20,6 +20,11 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "copernicus.platform.cli", *arguments]
 
 
+def interruptible() -> None:
+    """In a child before it runs: a background job's shell has Ctrl-C ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def copernicus(folder: Path, *arguments: str, code: int = 0) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     done = subprocess.run(
@@ -137,7 +142,11 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(tmp_path, shards
     copernicus(tmp_path, "run", str(whole))
     broken = pretraining(tmp_path, shards, "broken")
     process = subprocess.Popen(
-        command("run", str(broken)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command("run", str(broken)),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=interruptible,
     )
     try:
         deadline = time.monotonic() + 240
