@@ -156,7 +156,12 @@ def serving(uri: str, port: int, log: Path) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-c", "from copernicus.platform.cli import main; main()", "ui", "--uri", uri]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, "--port", str(port)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A background job's shell has Ctrl-C ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         wait_until_answering(f"http://127.0.0.1:{port}/health", process)
