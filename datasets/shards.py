@@ -58,6 +58,18 @@ class ImageName(NamedTuple):
     days: float
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Something in the data that could not be used."""
+
+    where: str  # shard and member
+    reason: str  # truncated_tar, missing_json, bad_json, unreadable, unsafe_or_broken_pth, wrong_shape, all_nan
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
 @dataclass
 class Grid:
     """One sample: ``arrays`` by sensor as they are stored, ``images`` by sensor their names (see the table above)."""

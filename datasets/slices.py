@@ -22,22 +22,17 @@ import torch
 from copernicus.datasets.augment import Crop, apply_crop, centre_crop, crop_metadata, random_crop
 from copernicus.datasets.order import generator
 from copernicus.datasets.sensors import InputError, Sensor
-from copernicus.datasets.shards import LEADING_AXES, expand_shards, grid_center, list_members, parse_image_name
+from copernicus.datasets.shards import (
+    LEADING_AXES,
+    Problem,
+    expand_shards,
+    grid_center,
+    list_members,
+    parse_image_name,
+)
 
 DEM_DAYS = 16436.0
 """2015-01-01, the acquisition date the published pretraining gives the elevation model (days since 1970-01-01)."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something in the data that could not be used."""
-
-    where: str  # shard and member
-    reason: str  # truncated_tar, missing_json, bad_json, unreadable, unsafe_or_broken_pth, wrong_shape, all_nan
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ import torch
 
 from copernicus.datasets.order import Order, generator
 from copernicus.datasets.sensors import SENSORS, InputError, Sensor
-from copernicus.datasets.slices import DrawReader, GridIndex, Problem, collate, index_shards
+from copernicus.datasets.shards import Problem
+from copernicus.datasets.slices import DrawReader, GridIndex, collate, index_shards
 from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.models.zoo import create_model
 from copernicus.platform.experiment import Pretrain
