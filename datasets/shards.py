@@ -1,4 +1,4 @@
-"""Copernicus-Pretrain on disk: the published WebDataset shards, their names, writing them and listing what they hold.
+"""Copernicus-Pretrain on disk: the published WebDataset shards, their names and writing them.
 
 One grid cell (0.25 x 0.25 degrees, nodes of the ERA5 grid) is one sample: its tar members share the key ``<gridId>``.
 
@@ -24,7 +24,6 @@ import io
 import json
 import os
 import re
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -45,7 +44,6 @@ LEADING_AXES: dict[str, tuple[str, ...]] = {
 
 STORED_DTYPE: dict[str, np.dtype] = {name: np.dtype("int16" if name == "s2_toa" else "float32") for name in SENSORS}
 _EPOCH = datetime.date(1970, 1, 1)
-_BLOCK = 512  # of a tar file, bytes
 
 
 class ImageName(NamedTuple):
@@ -63,7 +61,9 @@ class Problem:
     """Something in the data that could not be used."""
 
     where: str  # shard and member
-    reason: str  # truncated_tar, missing_json, bad_json, unreadable, unsafe_or_broken_pth, wrong_shape, all_nan
+    # truncated_tar, damaged_tar, stray_member, duplicate_member; missing_json, bad_json; unreadable,
+    # unsafe_or_broken_pth, wrong_shape, all_nan
+    reason: str
     detail: str = ""
 
     def __str__(self) -> str:
@@ -313,56 +313,3 @@ def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
     if repeated:
         raise InputError(f"shard {repeated[0]} is named twice")
     return shards
-
-
-def list_members(path: str | Path) -> tuple[dict[str, dict[str, tuple[int, int]]], list[str]]:
-    """What a tar holds, from its headers alone (payloads are skipped by seeking).
-
-    Returns:
-        members: key -> {extension -> (offset, size) in bytes of the payload in the file}, in the file's order; the
-            extension is what follows the key's dot, such as ``s1_grd.pth`` or ``json``. Only whole members.
-        problems: a line for each thing wrong, naming the file: cut off, damaged header, a member twice.
-
-    Raises:
-        InputError: the file cannot be opened.
-    """
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    problems: list[str] = []
-    try:
-        file = open(path, "rb")  # noqa: SIM115 (closed by the with below)
-    except OSError as error:
-        raise InputError(f"shard {path} cannot be opened: {error.strerror}") from None
-    with file:
-        length = os.fstat(file.fileno()).st_size
-        end = 0
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (owns nothing: the file is closed by the with above)
-            for info in tar:
-                end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
-                if info.isdir():
-                    continue
-                folder, _, base = info.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if not info.isreg() or not dot:
-                    problems.append(f"{path}: member {info.name} is not a file <key>.<extension>; ignored")
-                    continue
-                if info.offset_data + info.size > length:
-                    break  # reported below: the end is beyond the file's
-                found = members.setdefault(f"{folder}/{stem}" if folder else stem, {})
-                if extension in found:
-                    problems.append(f"{path}: member {info.name} is there twice; the first is used")
-                else:
-                    found[extension] = (info.offset_data, info.size)
-        except (tarfile.TarError, OSError, ValueError) as error:
-            if end == 0:
-                return {}, [f"{path}: not a readable tar file ({error})"]
-        # tarfile stops in silence at a half header, a damaged one, or a payload that ends early.
-        file.seek(end)
-        marker = file.read(_BLOCK)
-        if end > length:
-            problems.append(f"{path}: cut off within member {info.name} (at byte {length}; the rest is lost)")
-        elif len(marker) < _BLOCK:
-            problems.append(f"{path}: cut off at byte {length}, after {sum(map(len, members.values()))} members")
-        elif marker.strip(b"\0"):
-            problems.append(f"{path}: damaged header at byte {end}; what follows is lost")
-    return members, problems

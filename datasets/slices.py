@@ -27,9 +27,9 @@ from copernicus.datasets.shards import (
     Problem,
     expand_shards,
     grid_center,
-    list_members,
     parse_image_name,
 )
+from copernicus.datasets.tar import list_members
 
 DEM_DAYS = 16436.0
 """2015-01-01, the acquisition date the published pretraining gives the elevation model (days since 1970-01-01)."""
@@ -66,7 +66,7 @@ class GridIndex:
 def index_shards(shards: str | Sequence[str], sensors: Sequence[str]) -> GridIndex:
     """Find every grid of the shards by their tar headers.
 
-    Grids without a JSON member, and what a truncated shard cuts off, are listed in ``problems``.
+    Grids without a JSON member, and what is wrong with a tar, are listed in ``problems``.
 
     Raises:
         InputError: no such shard, or no grid that has one of ``sensors``.
@@ -78,7 +78,7 @@ def index_shards(shards: str | Sequence[str], sensors: Sequence[str]) -> GridInd
     digest = hashlib.sha256()
     for path in paths:
         members, faults = list_members(path)
-        problems += [Problem(path, "truncated_tar", str(fault)) for fault in faults]
+        problems += faults
         name = path.rsplit("/", 1)[-1]
         for key, entries in members.items():
             digest.update(json.dumps([name, key, sorted((e, s) for e, (_, s) in entries.items())]).encode())

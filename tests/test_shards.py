@@ -12,6 +12,7 @@ import torch
 import copernicus.datasets.shards as shards
 from copernicus.datasets.sensors import InputError
 from copernicus.datasets.shards import Grid
+from copernicus.datasets.tar import list_members
 
 
 def make_grid(index: int = 200599, seed: int = 0) -> Grid:
@@ -112,7 +113,7 @@ def test_shards_are_cut_and_reported(tmp_path):
     paths = shards.write_shards(iter(grids), tmp_path, grids_per_shard=3, progress=seen.append)
     assert [p.name for p in paths] == [f"example-00000{i}.tar" for i in range(3)]
     assert seen == [3, 6, 7]
-    assert [list(shards.list_members(p)[0]) for p in paths] == [
+    assert [list(list_members(p)[0]) for p in paths] == [
         ["0001000", "0001001", "0001002"],
         ["0001003", "0001004", "0001005"],
         ["0001006"],
@@ -165,60 +166,6 @@ def test_a_grid_that_is_not_as_published_is_refused(what, tmp_path):
     with pytest.raises(InputError, match=r"grid '(0200599|599)'"):
         shards.write_shards([spoil(what)], tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_list_members_gives_the_payloads(tmp_path):
-    grid = make_grid()
-    (path,) = shards.write_shards([grid, make_grid(7)], tmp_path)
-    members, problems = shards.list_members(path)
-    assert problems == []
-    raw = path.read_bytes()
-    with tarfile.open(path) as tar:
-        expected = {member.name: tar.extractfile(member).read() for member in tar}
-    found = {
-        f"{key}.{extension}": raw[offset : offset + size]
-        for key, extensions in members.items()
-        for extension, (offset, size) in extensions.items()
-    }
-    assert found == expected
-
-
-def test_every_truncation_is_reported_and_what_is_whole_is_kept(tmp_path):
-    (path,) = shards.write_shards([make_grid(), make_grid(7)], tmp_path)
-    raw = path.read_bytes()
-    whole, _ = shards.list_members(path)
-    last = max(offset + size for extensions in whole.values() for offset, size in extensions.values())
-    cut = tmp_path / "cut.tar"
-    for length in [0, 100, 512, 600, 1024, last // 3, last // 2, last - 1, last]:
-        cut.write_bytes(raw[:length])
-        members, problems = shards.list_members(cut)
-        assert len(problems) == 1, length
-        assert "cut.tar" in problems[0]
-        kept = {(k, e) for k, extensions in members.items() for e in extensions}
-        expected = {(k, e) for k, es in whole.items() for e, (offset, size) in es.items() if offset + size <= length}
-        assert kept == expected, length
-
-
-def test_a_damaged_header_is_reported(tmp_path):
-    (path,) = shards.write_shards([make_grid(), make_grid(7)], tmp_path)
-    members, _ = shards.list_members(path)
-    offset, _ = members["0000007"]["s1_grd.pth"]
-    raw = bytearray(path.read_bytes())
-    raw[offset - 512 : offset - 412] = b"\xff" * 100
-    path.write_bytes(bytes(raw))
-    kept, problems = shards.list_members(path)
-    assert "damaged header" in problems[0]
-    assert list(kept["0200599"]) == list(members["0200599"])
-
-
-def test_list_members_of_what_is_no_tar(tmp_path):
-    text = tmp_path / "text.tar"
-    text.write_text("not a tar at all, " * 100)
-    members, problems = shards.list_members(text)
-    assert members == {}
-    assert "text.tar" in problems[0]
-    with pytest.raises(InputError, match=r"missing\.tar"):
-        shards.list_members(tmp_path / "missing.tar")
 
 
 def test_expand_shards(tmp_path):

@@ -209,7 +209,7 @@ def test_a_file_that_is_no_tar_is_named_while_others_are_read(tmp_path, contents
     (tmp_path / "c.tar").write_bytes(b"")
     index, draws = read_all(tmp_path)
     assert {(p.where, p.reason) for p in index.problems} == {
-        (str(tmp_path / "a.tar"), "truncated_tar"),
+        (str(tmp_path / "a.tar"), "damaged_tar"),
         (str(tmp_path / "c.tar"), "truncated_tar"),
     }
     assert len(draws) == 4

@@ -12,7 +12,8 @@ import numpy as np
 from copernicus.datasets.miniature.planet import Planet
 from copernicus.datasets.miniature.tasks import TASKS
 from copernicus.datasets.sensors import OLCI_SCALE, SENSORS, InputError
-from copernicus.datasets.shards import days_since_1970, expand_shards, grid_center, list_members, parse_image_name
+from copernicus.datasets.shards import days_since_1970, expand_shards, grid_center, parse_image_name
+from copernicus.datasets.tar import list_members
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
