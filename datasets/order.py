@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +15,11 @@ def generator(*key: int | str) -> np.random.Generator:
     """A random generator that depends on its key alone, e.g. ``generator("crop", seed, epoch, grid_key, "s2_toa")``."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def uniform(*key: int | str) -> float:
+    """A number in [0, 1) that depends on the key alone; cheaper than a generator where one number is all that is needed."""
+    return (int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 11) / 2**53
 
 
 @functools.lru_cache(maxsize=4)
@@ -68,3 +74,36 @@ class Order:
         within = within + rank * share
         positions = (steps + start_step) * batch_size + within
         return np.where((within < batch_size) & (positions < self.samples), positions, -1)
+
+
+@dataclass
+class Coverage:
+    """The proof that each epoch trains every grid exactly as often as asked: per epoch, how many samples were trained
+    and the sum (modulo 2^64) of their grids' hashes. Ranks and attempts add up; a sample lost, doubled or swapped shows.
+    """
+
+    epochs: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, epochs: Iterable[int], keys: Iterable[str]) -> None:
+        """Samples that were trained; a negative epoch is padding."""
+        for epoch, key in zip(epochs, keys, strict=True):
+            if epoch >= 0:
+                self._sum(int(epoch), 1, key_hash(str(key)))
+
+    def merge(self, other: Coverage) -> None:
+        for epoch, (count, total) in other.epochs.items():
+            self._sum(epoch, count, total)
+
+    def _sum(self, epoch: int, count: int, total: int) -> None:
+        before = self.epochs.get(epoch, (0, 0))
+        self.epochs[epoch] = (before[0] + count, (before[1] + total) % 2**64)
+
+    @staticmethod
+    def expected(keys: Iterable[str], draws_per_grid: int) -> tuple[int, int]:
+        """What a whole epoch over these grids adds up to."""
+        hashes = [key_hash(key) for key in keys]
+        return len(hashes) * draws_per_grid, sum(hashes) * draws_per_grid % 2**64
+
+
+def key_hash(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")

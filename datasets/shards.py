@@ -48,12 +48,13 @@ _EPOCH = datetime.date(1970, 1, 1)
 
 class ImageName(NamedTuple):
     """What the name of an image says: ``lon`` and ``lat`` of the patch where there is one, else of the grid (degrees);
-    ``days`` since 1970-01-01, NaN where the name carries no date."""
+    ``days`` since 1970-01-01, NaN where the name carries no date; ``local``: the patch's id, where there is one."""
 
     grid: str
     lon: float
     lat: float
     days: float
+    local: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def parse_image_name(name: str | Sequence) -> ImageName:
         raise InputError(
             f"image name {bare!r} is not <grid>[/<patch>][/<YYYYMMDD>] with <id>_<lon>_<lat> for grid and patch"
         )
-    return ImageName(parts[0], float(place[1]), float(place[2]), days)
+    local = parts[1].split("_", 1)[0] if len(parts) == 2 else ""
+    return ImageName(parts[0], float(place[1]), float(place[2]), days, local)
 
 
 def check_grid(grid: Grid) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -157,6 +158,18 @@ def miniature(
 
 
 @data.command()
+def index(
+    shards: Annotated[list[str], typer.Argument(help="Brace patterns, folders, globs; local, s3://, gs://, hf://.")],
+    out: Annotated[str | None, typer.Option(help="The index file (index.parquet next to the shards).")] = None,
+    fresh: Annotated[bool, typer.Option(help="Read all shards again.")] = False,
+) -> None:
+    """Index shards by their headers: where each sensor's numbers lie. Resumes; reads only what has changed."""
+    from copernicus.platform.data_jobs import index_command
+
+    index_command(shards, out, fresh, console())
+
+
+@data.command()
 def convert(
     folder: Annotated[Path, typer.Argument(help="Holds a folder of GeoTIFFs a sensor, one file a site.")],
     sensors: Annotated[list[str], typer.Argument(help="FOLDER=SENSOR, as in S2L1C=s2_toa S1RTC=s1_grd DEM=dem.")],
@@ -239,6 +252,10 @@ def _failed(error: Exception) -> int:
 
     if isinstance(error, (PretrainFailed, SweepFailed)):
         _complain(f"{error}. The same command goes on from the last checkpoint")
+        return 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({error.filename})" if error.filename else ""
+        _complain(f"{error.strerror}{where}; free some, and the same command goes on where it stopped")
         return 1
     Console(stderr=True).print_exception(max_frames=12)
     _complain(f"{type(error).__name__}: {error}")

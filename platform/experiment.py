@@ -85,6 +85,10 @@ class Pretrain:
     """Masked-autoencoder pretraining. Learning rate as published: ``blr`` * batch_size / 256 after the warm-up."""
 
     shards: list[str] = field(default_factory=list)
+    index: Optional[str] = (
+        None  # of the shards; none: the one next to them, else one is made and kept in the output folder
+    )
+    require: str = "any"  # any: grids with any of the sensors train with those they have; all: only whole ones
     model: Model = field(default_factory=Model)
     sensors: list[str] = field(default_factory=lambda: list(SENSORS))
     image_size: dict[str, int] = field(default_factory=dict)
@@ -108,6 +112,7 @@ class Pretrain:
     gpus_per_worker: float = 0.0
     data_cpus: float = 1.0
     checkpoint_every: int = 1
+    checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
     max_failures: int = 3
     max_skipped: float = 0.05
@@ -201,7 +206,7 @@ SCALES = ("tiny", "small", "full")
 WITHOUT_EFFECT = (
     "tracking", "output",
     "pretrain.workers", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
-    "pretrain.checkpoint_every", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
+    "pretrain.index", "pretrain.checkpoint_every", "pretrain.checkpoint_minutes", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
     "sweep.cache", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
 )  # fmt: skip
 """Keys (and sections) that leave the results as they are."""
@@ -356,7 +361,10 @@ def _validate(e: Experiment, source: str) -> None:
     if (p := e.pretrain) is not None:
         if not p.shards:
             raise wrong("pretrain.shards", "missing: give shard files, folders or brace patterns")
+        choice("pretrain.require", p.require, ("any", "all"))
         for shards in p.shards:
+            if "://" in shards:
+                continue  # found out when it is listed
             literal = shards.split("{")[0].split("*")[0]
             exists("pretrain.shards", shards if literal == shards else str(Path(literal + "x").parent))
         model("pretrain.model", p.model)
@@ -368,7 +376,7 @@ def _validate(e: Experiment, source: str) -> None:
             choice(f"pretrain.image_size.{sensor}", sensor, tuple(SENSORS))
             multiple(f"pretrain.image_size.{sensor}", size, SENSORS[sensor].patch_kernel)
         for key in ("epochs", "draws_per_grid", "batch_size", "blr", "workers", "cpus_per_worker", "data_cpus", "val_every",
-                    "checkpoint_every", "keep_checkpoints", "clip_grad_norm"):  # fmt: skip
+                    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "clip_grad_norm"):  # fmt: skip
             positive(f"pretrain.{key}", getattr(p, key))
         for key in ("warmup_epochs", "weight_decay", "gpus_per_worker", "min_lr", "max_failures"):
             positive(f"pretrain.{key}", getattr(p, key), zero=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from copernicus.datasets.index import GridIndex
 from copernicus.datasets.sensors import Sensor
-from copernicus.datasets.slices import GridIndex, collate
 
 if TYPE_CHECKING:
     from copernicus.platform.pretrain import Plan
@@ -29,19 +29,19 @@ def reconstructions(plan: Plan, held_out: GridIndex, checkpoint: Path, folder: P
     model: Any = build_autoencoder(plan).eval()
     load_weights(model, checkpoint)
     reader = plan.reader(augment=False)
-    draws = [reader.read(grid, epoch=-1) for grid in held_out.grids[: 4 * MAX_GRIDS]]
+    columns = reader.batch([(grid, -1, 0) for grid in held_out.entries(range(min(len(held_out), 4 * MAX_GRIDS)))])
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, sensor in enumerate(plan.sensors):
-        having = [d for d in draws if d.present[index]][:MAX_GRIDS]
-        if not having:
+        having = np.flatnonzero(columns["present"][:, index])[:MAX_GRIDS]
+        if not len(having):
             continue
-        batch = collate(having, plan.sensors)
-        x_BCHW = torch.from_numpy(batch[f"x_{sensor.name}"])
+        batch = {name: column[having] for name, column in columns.items()}
+        x_BCHW = sensor.normalize(torch.from_numpy(batch[f"x_{sensor.name}"]))
         metadata = torch.from_numpy(batch["metadata"][:, index])
         noise = torch.from_numpy(batch[f"noise_{sensor.name}"])
         masked, filled = model.reconstruct(x_BCHW, sensor, metadata, noise)
-        titles = [f"grid {d.key}" for d in having]
+        titles = [f"grid {key}" for key in batch["key"]]
         paths.append(
             _draw(sensor, (masked, filled, x_BCHW), titles, plan.settings.norm_pix_loss, folder / f"{sensor.name}.png")
         )

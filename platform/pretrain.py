@@ -22,13 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from copernicus.datasets.order import Order, generator
+from copernicus.datasets.index import GridIndex
+from copernicus.datasets.order import Coverage, Order, generator
 from copernicus.datasets.sensors import SENSORS, InputError, Sensor
 from copernicus.datasets.shards import Problem
-from copernicus.datasets.slices import DrawReader, GridIndex, collate, index_shards
+from copernicus.datasets.slices import DrawReader
+from copernicus.datasets.storage import expand
 from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.models.zoo import create_model
 from copernicus.platform.experiment import Pretrain
+from copernicus.platform.indexing import open_index
 from copernicus.platform.mailbox import Listener, new_mailbox, post, stop_run
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -60,6 +63,7 @@ class Plan:
     sizes: dict[str, int]
     problems: tuple[Problem, ...]  # found while indexing
     grids_seen: int  # usable or not
+    whole_epoch: tuple[int, int] = (0, 0)  # see Coverage.expected
 
     @property
     def steps_per_epoch(self) -> float:
@@ -89,7 +93,7 @@ class Plan:
 
 
 class PerRowLoss(torch.nn.Module):
-    """The autoencoder as one module for DDP: a batch -> the loss of every row and sensor, (B, S).
+    """The autoencoder as one module for DDP: a batch, in the sensors' units -> the loss of every row and sensor, (B, S).
 
     Every sensor runs in every step, absent rows as zeros that get no weight in the loss: so all ranks touch the same
     parameters, whichever sensors their grids have.
@@ -104,7 +108,7 @@ class PerRowLoss(torch.nn.Module):
         losses = []
         for index, sensor in enumerate(self.sensors):
             result = self.autoencoder.forward_sensor(  # type: ignore[operator]
-                batch[f"x_{sensor.name}"],
+                sensor.normalize(batch[f"x_{sensor.name}"]),
                 sensor,
                 batch["metadata"][:, index],
                 batch[f"noise_{sensor.name}"],
@@ -127,7 +131,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
-    from copernicus.platform.stream import batches
+    from copernicus.platform.stream import batches, on_device
 
     plan: Plan = config["plan"]
     settings, mailbox = plan.settings, config["mailbox"]
@@ -146,13 +150,13 @@ def train_worker(config: dict[str, Any]) -> None:
     assert sum(len(g["params"]) for g in groups) == len(trained), "a parameter escaped the optimiser"
     optimizer = torch.optim.AdamW(groups, betas=(settings.betas[0], settings.betas[1]), lr=0.0, fused=True)
 
-    step, problems = 0, {str(p): p for p in plan.problems}
+    step, problems, coverage = 0, {str(p): p for p in plan.problems}, Coverage()
     if (found := ray.train.get_checkpoint()) is not None:
         with found.as_directory() as folder:
             saved = torch.load(Path(folder) / CHECKPOINT_FILE, map_location=device, weights_only=True)
         autoencoder.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
+        step, coverage = saved["step"], Coverage({k: tuple(v) for k, v in saved["coverage"].items()})
         problems |= {str(p): p for p in (Problem(*fields) for fields in saved["problems"])}
 
     steps = plan.order.steps(settings.batch_size)
@@ -164,22 +168,24 @@ def train_worker(config: dict[str, Any]) -> None:
     if step == 0:
         post(mailbox, rank, 0, evaluation(model, problems))
     started, first_step = time.monotonic(), step
+    trained, checkpointed = Coverage(), time.monotonic()
     stream = batches(
         config["index"], plan.order, plan.reader(augment=True), settings.batch_size, rank, world_size, step,
         settings.data_cpus,
     )  # fmt: skip
-    for columns in stream:
-        batch = _to_device(columns, device)
+    for columns, batch in on_device(stream, device):
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(step)
         loss_BS = model(batch, {s.name: plan.channels(step, s) for s in plan.sensors})
         total, rows = weigh(loss_BS, batch["present"])
 
-        # One reduction carries what every rank must agree on: rows, loss, per-sensor losses, new problems.
+        # One reduction carries what every rank must agree on: rows, loss, new problems, whether a checkpoint is due by
+        # rank 0's clock, per-sensor losses.
+        due = rank == 0 and time.monotonic() - checkpointed > settings.checkpoint_minutes * 60
         new = [p for p in _problems(columns) if str(p) not in problems]
         present = batch["present"].to(loss_BS.dtype)
         facts = torch.cat([
-            torch.stack([rows.to(total.dtype), total.detach(), total.new_tensor(len(new))]),
+            torch.stack([rows.to(total.dtype), total.detach(), total.new_tensor(len(new)), total.new_tensor(due)]),
             (loss_BS.detach() * present).sum(0),
             present.sum(0),
         ])  # fmt: skip
@@ -194,12 +200,13 @@ def train_worker(config: dict[str, Any]) -> None:
             torch.nn.utils.clip_grad_norm_(loss_module.parameters(), settings.clip_grad_norm)
         optimizer.step()
         step += 1
+        trained.add(columns["epoch"], columns["key"])
 
         if facts[2] > 0:
-            for problem in _gather(new, world_size):
+            for problem in (p for part in gather(new, world_size) for p in part):
                 problems.setdefault(str(problem), problem)
         share = len({_grid_of(p) for p in problems.values()}) / plan.grids_seen
-        sums, counts = facts[3 : 3 + len(plan.sensors)], facts[3 + len(plan.sensors) :]
+        sums, counts = facts[4 : 4 + len(plan.sensors)], facts[4 + len(plan.sensors) :]
         metrics = {"train/loss": (facts[1] / global_rows).item(), "train/lr": plan.learning_rate(step - 1)}
         metrics |= {
             f"train/loss_{s.name}": (sums[i] / counts[i]).item() for i, s in enumerate(plan.sensors) if counts[i] > 0
@@ -222,8 +229,17 @@ def train_worker(config: dict[str, Any]) -> None:
         last = step == steps
         if last or step in evaluate_at:
             metrics |= evaluation(model, problems)
+        saving = last or step in save_at or bool(facts[3] > 0)
+        if saving:
+            for part in gather(trained, world_size):
+                coverage.merge(part)
+            trained, checkpointed = Coverage(), time.monotonic()
+            if (fault := uncovered(coverage, plan, step)) is not None:
+                stop_run(mailbox, rank, fault)
+                return
+            metrics["data/epochs_verified"] = float(int(metrics["train/samples_seen"]) // plan.order.samples_per_epoch)
         post(mailbox, rank, step, metrics, wait=last)
-        if last or step in save_at:
+        if saving:
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = None
                 if rank == 0:
@@ -232,6 +248,7 @@ def train_worker(config: dict[str, Any]) -> None:
                         "optimizer": optimizer.state_dict(),
                         "step": step,
                         "samples_seen": int(metrics["train/samples_seen"]),
+                        "coverage": {k: list(v) for k, v in coverage.epochs.items()},
                         "architecture": {"name": settings.model.name, **settings.model.encoder_overrides()},
                         "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
                     }
@@ -276,8 +293,10 @@ def architecture(weights: str | Path) -> tuple[str, dict[str, int]] | None:
 def freeze_unreached(loss_module: PerRowLoss, plan: Plan) -> None:
     """Freeze parameters that no sensor of this run reaches (such as a hypernetwork for variables when none is trained):
     DDP would wait for their gradients."""
-    empty = collate([plan.reader(augment=False).empty()], plan.sensors)
-    loss_module(_to_device(empty, torch.device("cpu")), {}).sum().backward()
+    from copernicus.platform.stream import tensors
+
+    empty = plan.reader(augment=False).batch([None])
+    loss_module(tensors(empty, torch.device("cpu")), {}).sum().backward()
     for parameter in loss_module.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
@@ -288,12 +307,14 @@ class _Evaluation:
 
     def __init__(self, plan: Plan, held_out: GridIndex, rank: int, world_size: int, device: torch.device):
         self.plan, self.device, self.world_size = plan, device, world_size
-        self.grids = held_out.grids[rank::world_size]
-        self.any = bool(held_out.grids)
+        self.grids = held_out.entries(range(rank, len(held_out), world_size))
+        self.any = bool(len(held_out))
 
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module, problems: dict[str, Problem]) -> dict[str, float]:
         """The metrics; what cannot be read is added to ``problems`` on every rank."""
+        from copernicus.platform.stream import tensors
+
         if not self.any:
             return {}
         new: list[Problem] = []
@@ -302,16 +323,16 @@ class _Evaluation:
         facts = torch.zeros(2 * len(sensors) + 2, dtype=torch.float64, device=self.device)
         size = self.plan.order.share(self.plan.settings.batch_size, self.world_size)
         for start in range(0, len(self.grids), size):
-            draws = [reader.read(grid, epoch=-1) for grid in self.grids[start : start + size]]
-            new += [p for draw in draws for p in draw.problems]
-            batch = _to_device(collate(draws, sensors), self.device)
+            columns = reader.batch([(grid, -1, 0) for grid in self.grids[start : start + size]])
+            new += _problems(columns)
+            batch = tensors(columns, self.device)
             loss_BS = module(batch, {})
             present = batch["present"].to(loss_BS.dtype)
             total, rows = weigh(loss_BS, batch["present"])
             facts += torch.cat([(loss_BS * present).sum(0), present.sum(0), torch.stack([total, rows])]).double()
         if self.world_size > 1:
             torch.distributed.all_reduce(facts)
-        problems.update({str(p): p for p in _gather(new, self.world_size)})
+        problems.update({str(p): p for part in gather(new, self.world_size) for p in part})
         sums, counts = facts[: len(sensors)], facts[len(sensors) : 2 * len(sensors)]
         metrics = {f"val/loss_{s.name}": (sums[i] / counts[i]).item() for i, s in enumerate(sensors) if counts[i] > 0}
         if facts[-1] > 0:
@@ -340,11 +361,13 @@ def pretrain(
     on_metrics: Callable[[int, dict[str, float]], None],
     on_progress: Callable[[int, int, dict[str, float]], None],
     on_plan: Callable[[Plan, GridIndex, GridIndex], None] = lambda plan, train, held_out: None,
+    on_index: Callable[[float, float, str], None] = lambda done, total, note: None,
 ) -> PretrainResult:
     """Pretrain, or go on from the last checkpoint under ``folder``.
 
     ``on_metrics(step, metrics)`` receives each step's figures once per attempt, in order; ``on_progress(step, steps,
-    metrics)`` the latest of them for display. Both are called on a thread of this process.
+    metrics)`` the latest of them for display. Both are called on a thread of this process. ``on_index`` follows the
+    indexing of shards that no index covers yet.
 
     Raises:
         InputError: shards or sizes that do not fit, or a cluster too small.
@@ -354,24 +377,26 @@ def pretrain(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    index = index_shards(settings.shards, settings.sensors)
+    whole = open_index(expand(settings.shards), settings.index, folder.parent / "index", on_index)
+    index = whole.having(settings.sensors, settings.require)
     train, held_out = index.split(settings.val_fraction, seed)
-    if not train.grids:
-        raise InputError(f"pretrain.val_fraction: holds out all {len(index.grids)} grids; lower it")
-    bad = len({_grid_of(p) for p in index.problems})
+    if not len(train):
+        raise InputError(f"pretrain.val_fraction: holds out all {len(index)} grids; lower it")
+    bad = len({_grid_of(p) for p in whole.problems})
     sensors = tuple(SENSORS[name] for name in settings.sensors)
     plan = Plan(
         settings=settings,
         seed=seed,
-        order=Order(len(train.grids), seed, settings.epochs, settings.draws_per_grid),
+        order=Order(len(train), seed, settings.epochs, settings.draws_per_grid),
         sensors=sensors,
         sizes={s.name: settings.image_size.get(s.name, s.image_size) for s in sensors},
-        problems=index.problems,
-        grids_seen=len(index.grids) + bad,
+        problems=whole.problems,
+        grids_seen=whole.grids_seen,
+        whole_epoch=Coverage.expected(train.keys, settings.draws_per_grid),
     )
     plan.reader(augment=True)  # sizes are checked here, not on a worker
     if (share := bad / plan.grids_seen) > settings.max_skipped:
-        raise PretrainFailed(too_many_skipped(list(index.problems), share, settings.max_skipped))
+        raise PretrainFailed(too_many_skipped(list(whole.problems), share, settings.max_skipped))
     check_resources(settings, ray.cluster_resources())
     on_plan(plan, train, held_out)
 
@@ -449,26 +474,29 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _to_device(columns: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    # Ray hands out read-only memory; as_tensor of a copy keeps torch from warning about it.
-    return {
-        k: torch.from_numpy(np.array(v)).to(device, non_blocking=True)
-        for k, v in columns.items()
-        if k not in ("key", "problems")
-    }
-
-
 def _problems(columns: dict[str, np.ndarray]) -> list[Problem]:
     return [Problem(*fields) for row in columns["problems"] for fields in json.loads(str(row))]
 
 
-def _gather(problems: list[Problem], world_size: int) -> list[Problem]:
-    """Every rank's problems, in rank order."""
+def gather(mine: Any, world_size: int) -> list[Any]:
+    """Every rank's, in rank order."""
     if world_size == 1:
-        return problems
+        return [mine]
     everyone: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(everyone, problems)
-    return [p for part in everyone for p in part]
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def uncovered(coverage: Coverage, plan: Plan, step: int) -> str | None:
+    """What is wrong with the epochs that are whole by now: each grid must have been trained exactly as often as asked."""
+    whole = min(step * plan.settings.batch_size, plan.order.samples) // plan.order.samples_per_epoch
+    for epoch in range(whole):
+        if coverage.epochs.get(epoch) != plan.whole_epoch:
+            return (
+                f"epoch {epoch} did not train each grid {plan.order.draws_per_grid} times: {coverage.epochs.get(epoch)} "
+                f"(samples, sum of hashes), expected {plan.whole_epoch}; this is a defect of the program"
+            )
+    return None
 
 
 def _grid_of(problem: Problem) -> str:

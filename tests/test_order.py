@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from copernicus.datasets.order import Order, generator
+from copernicus.datasets.order import Coverage, Order, generator, uniform
 
 
 def stream(order: Order, batch_size: int, rank: int = 0, world_size: int = 1, start_step: int = 0) -> np.ndarray:
@@ -111,3 +111,35 @@ def test_keys_do_not_change_between_versions():
     key = int.from_bytes(hashlib.sha256(b"('order', 0, 0, 0)").digest()[:16], "little")
     expected = np.random.Generator(np.random.Philox(key=key)).permutation(6)
     assert [Order(6).locate(p)[2] for p in range(6)] == expected.tolist()
+
+
+def test_coverage_proves_an_epoch_whole_whoever_trained_its_parts():
+    """Any split over ranks and attempts adds up; a sample lost, doubled or swapped, or one in the wrong epoch, shows."""
+    keys = [f"{number:07d}" for number in range(13)]
+    order = Order(13, seed=2, epochs=2, draws_per_grid=3)
+    places = [order.locate(p) for p in range(order.samples)]
+    trained = [(epoch, keys[grid]) for epoch, _, grid in places]
+
+    def covered(samples: list[tuple[int, str]], parts: int) -> dict[int, tuple[int, int]]:
+        total = Coverage()
+        for part in range(parts):
+            mine = Coverage()
+            mine.add([e for e, _ in samples[part::parts]], [k for _, k in samples[part::parts]])
+            total.merge(mine)
+        return total.epochs
+
+    expected = Coverage.expected(keys, 3)
+    for parts in (1, 2, 5):
+        assert covered([*trained, (-1, "")], parts) == {0: expected, 1: expected}
+    assert covered(trained[1:], 2)[0] != expected
+    assert covered([*trained, trained[4]], 2)[0] != expected
+    assert covered([(0, keys[5] if trained[0][1] != keys[5] else keys[6]), *trained[1:]], 2)[0] != expected
+    assert covered([(1, trained[0][1]), *trained[1:]], 2) != {0: expected, 1: expected}
+
+
+def test_uniform_numbers_are_uniform_and_keyed():
+    values = np.array([uniform("held-out", 1, f"{n:07d}") for n in range(4000)])
+    assert values.min() >= 0
+    assert values.max() < 1
+    assert np.histogram(values, 10, (0, 1))[0].min() > 320  # of 400, deviation 19
+    assert uniform("held-out", 1, "0000007") == values[7] != uniform("held-out", 2, "0000007")

@@ -63,9 +63,9 @@ def test_grid_off_the_globe(index):
 
 def test_image_names():
     patch = shards.parse_image_name("0200599_-70.25_-55.25/3_-70.3012_-55.1/20210301")
-    assert patch == ("0200599_-70.25_-55.25", -70.3012, -55.1, 18687.0)  # 2021-03-01
+    assert patch == ("0200599_-70.25_-55.25", -70.3012, -55.1, 18687.0, "3")  # 2021-03-01
     wrapped = shards.parse_image_name([["0200599_-70.25_-55.25/19700102"]])
-    assert wrapped == ("0200599_-70.25_-55.25", -70.25, -55.25, 1.0)
+    assert wrapped == ("0200599_-70.25_-55.25", -70.25, -55.25, 1.0, "")
     assert np.isnan(shards.parse_image_name(["0200599_-70.25_-55.25"]).days)
     assert shards.date_string(18687) == "20210301"
 

@@ -13,8 +13,10 @@ import torch
 from conftest import SIZES, make_grid
 from test_slices import ALL, members, write_tar
 
+from copernicus.datasets.index import index_shards
 from copernicus.datasets.sensors import SENSORS, InputError
-from copernicus.datasets.slices import DrawReader, GridIndex, index_shards
+from copernicus.datasets.shards import Problem
+from copernicus.datasets.slices import Draw, DrawReader
 
 
 def saved(value: object) -> bytes:
@@ -40,10 +42,12 @@ def contents(shards) -> dict[str, bytes]:
     return {n: d for n, d in members(shards / "example-000000.tar").items() if n.split(".")[0] in keys}
 
 
-def read_all(folder: Path) -> tuple[GridIndex, list]:
-    index = index_shards(str(folder), list(SENSORS))
+def read_all(folder: Path) -> tuple[dict[str, Draw], list[Problem]]:
+    """A draw of every usable grid, and all problems: of the headers, then of what was drawn."""
+    index = index_shards(str(folder))
     reader = DrawReader(ALL, SIZES)
-    return index, [reader.read(g, 0) for g in index.grids]
+    draws = {g.key: reader.read(g, 0) for g in index}
+    return draws, [*index.problems, *(p for d in draws.values() for p in d.problems)]
 
 
 KEY = make_grid(1).key
@@ -68,15 +72,13 @@ def test_a_pickle_that_wants_to_run_something_never_runs(tmp_path, contents, for
         data = buffer.getvalue()
     contents[f"{KEY}.s2_toa.pth"] = data
     shard = write_tar(tmp_path / "shards" / "a.tar", contents)
-    index, draws = read_all(shard.parent)
+    draws, (problem,) = read_all(shard.parent)
     assert not victim.exists(), "the payload ran"
-    (problem,) = [p for d in draws for p in d.problems]
     assert problem.where == f"{shard}:{KEY}.s2_toa.pth"
     assert problem.reason == "unsafe_or_broken_pth"
-    present = dict(zip(SENSORS, draws[1].present, strict=True))
+    present = dict(zip(SENSORS, draws[KEY].present, strict=True))
     assert present == {name: name != "s2_toa" for name in SENSORS}
-    assert all(d.present.all() for d in draws if d.key in GOOD)
-    assert index.problems == ()
+    assert all(draws[key].present.all() for key in GOOD)
 
 
 @pytest.mark.parametrize(
@@ -101,16 +103,15 @@ def test_an_unusable_tensor_is_named_and_the_rest_of_its_grid_is_used(
 ):
     contents[f"{KEY}.{member}.pth"] = saved(value)
     shard = write_tar(tmp_path / "a.tar", contents)
-    _, draws = read_all(tmp_path)
-    (problem,) = [p for d in draws for p in d.problems]
+    draws, (problem,) = read_all(tmp_path)
     assert (problem.where, problem.reason) == (f"{shard}:{KEY}.{member}.pth", reason)
     assert re.search(detail, problem.detail), problem.detail
-    assert draws[1].present.sum() == 7
+    assert draws[KEY].present.sum() == 7
     index = list(SENSORS).index(member)
-    assert not draws[1].present[index]
-    assert (draws[1].images[member] == 0).all()
-    assert np.isnan(draws[1].metadata[index]).all()
-    assert all(np.isfinite(d.images[name]).all() for d in draws for name in SENSORS)
+    assert not draws[KEY].present[index]
+    assert (draws[KEY].images[member] == 0).all()
+    assert np.isnan(draws[KEY].metadata[index]).all()
+    assert all(np.isfinite(d.images[name]).all() for d in draws.values() for name in SENSORS)
 
 
 def test_random_bytes_and_an_empty_member_are_named(tmp_path, contents):
@@ -118,12 +119,11 @@ def test_random_bytes_and_an_empty_member_are_named(tmp_path, contents):
     contents[f"{KEY}.s1_grd.pth"] = bytes(range(256)) * 40
     contents[f"{KEY}.s5p_co.pth"] = contents[f"{KEY}.s5p_co.pth"][:-200]
     write_tar(tmp_path / "a.tar", contents)
-    _, draws = read_all(tmp_path)
-    assert {p.where.rpartition(":")[2] for p in draws[1].problems} == {
-        f"{KEY}.{m}.pth" for m in ("dem", "s1_grd", "s5p_co")
-    }
-    assert {p.reason for p in draws[1].problems} == {"unsafe_or_broken_pth"}
-    assert all(p.detail for p in draws[1].problems)
+    draws, problems = read_all(tmp_path)
+    assert {p.where.rpartition(":")[2] for p in problems} == {f"{KEY}.{m}.pth" for m in ("dem", "s1_grd", "s5p_co")}
+    assert {p.reason for p in problems} == {"unsafe_or_broken_pth"}
+    assert all(p.detail for p in problems)
+    assert draws[KEY].present.sum() == 5
 
 
 def test_a_partly_unknown_image_is_used(tmp_path, contents):
@@ -131,19 +131,31 @@ def test_a_partly_unknown_image_is_used(tmp_path, contents):
     dem[100:150] = 500.0
     contents[f"{KEY}.dem.pth"] = saved(dem)
     write_tar(tmp_path / "a.tar", contents)
-    index = index_shards(str(tmp_path), list(SENSORS))
-    sample = DrawReader(ALL, SIZES, augment=False).read(index.grids[1], 0)
+    index = index_shards(str(tmp_path))
+    sample = DrawReader(ALL, SIZES, augment=False).read(index[1], 0)
     assert sample.problems == []
-    assert set(np.unique(np.round(sample.images["dem"], 6))) == {np.float32(0.0), np.float32(0.05)}
+    values = SENSORS["dem"].normalize(sample.images["dem"])
+    assert set(np.unique(np.round(values, 6))) == {np.float32(0.0), np.float32(0.05)}
+
+
+def test_a_crop_that_shows_nothing_of_an_image_is_no_fault(tmp_path, contents):
+    dem = torch.full((256, 256), torch.nan)
+    dem[-40:] = 500.0
+    contents[f"{KEY}.dem.pth"] = saved(dem)
+    write_tar(tmp_path / "a.tar", contents)
+    grid = index_shards(str(tmp_path))[1]
+    draws = [DrawReader(ALL, SIZES).read(grid, epoch) for epoch in range(20)]
+    assert all(d.problems == [] and d.present.all() for d in draws)
+    assert 2 < sum(bool(np.isnan(d.images["dem"]).all()) for d in draws) < 20
 
 
 def test_a_grid_without_json_is_named_and_left_out(tmp_path, contents):
     del contents[f"{KEY}.json"]
     shard = write_tar(tmp_path / "a.tar", contents)
-    index, draws = read_all(tmp_path)
-    assert [(p.where, p.reason) for p in index.problems] == [(f"{shard}:{KEY}", "missing_json")]
-    assert [d.key for d in draws] == GOOD
-    assert all(d.present.all() for d in draws)
+    draws, problems = read_all(tmp_path)
+    assert [(p.where, p.reason) for p in problems] == [(f"{shard}:{KEY}", "missing_json")]
+    assert list(draws) == GOOD
+    assert all(d.present.all() for d in draws.values())
 
 
 @pytest.mark.parametrize(
@@ -154,12 +166,11 @@ def test_a_grid_without_json_is_named_and_left_out(tmp_path, contents):
 def test_a_broken_json_is_named(tmp_path, contents, text):
     contents[f"{KEY}.json"] = text
     shard = write_tar(tmp_path / "a.tar", contents)
-    _, draws = read_all(tmp_path)
-    (problem,) = draws[1].problems
+    draws, (problem,) = read_all(tmp_path)
     assert (problem.where, problem.reason) == (f"{shard}:{KEY}.json", "bad_json")
     assert problem.detail
-    assert not draws[1].present.any()
-    assert all(d.present.all() for d in draws if d.key in GOOD)
+    assert list(draws) == GOOD
+    assert all(d.present.all() for d in draws.values())
 
 
 @pytest.mark.parametrize("name", ["no place", "0748119_-10.00_40.00/20209999", "a/b/c/d/20200101"])
@@ -168,24 +179,36 @@ def test_a_name_of_another_form_is_named(tmp_path, contents, name):
     names["dem"] = [[name]]
     contents[f"{KEY}.json"] = json.dumps(names).encode()
     write_tar(tmp_path / "a.tar", contents)
-    _, draws = read_all(tmp_path)
-    (problem,) = draws[1].problems
+    draws, (problem,) = read_all(tmp_path)
+    assert problem.where.endswith(f"{KEY}.dem.pth")
     assert problem.reason == "bad_json"
     assert name.split("/")[-1] in problem.detail
-    assert draws[1].present.sum() == 7
+    assert draws[KEY].present.sum() == 7
 
 
-def test_a_key_that_is_no_grid_number_matters_only_where_names_give_no_place(tmp_path, contents):
+def test_a_key_that_is_no_grid_number_needs_a_name_that_gives_a_place(tmp_path, contents):
     renamed = {n.replace(KEY, "elsewhere"): d for n, d in contents.items()}
     names = json.loads(contents[f"{KEY}.json"])
-    del names["dem"]
-    renamed["elsewhere.json"] = json.dumps(names).encode()
-    write_tar(tmp_path / "a.tar", renamed)
-    _, draws = read_all(tmp_path)
-    (problem,) = [p for d in draws for p in d.problems]
-    assert problem.where.endswith("elsewhere.dem.pth")
-    assert problem.reason == "bad_json"
-    assert draws[1].present.sum() == 7
+    renamed["elsewhere.json"] = json.dumps({"s5p_o3": names["s5p_o3"]}).encode()
+    write_tar(tmp_path / "named" / "a.tar", renamed)
+    draws, problems = read_all(tmp_path / "named")
+    assert problems == []
+    assert draws["elsewhere"].metadata[list(SENSORS).index("dem"), :2] == pytest.approx([-9.75, 40.0], abs=0.2)
+    renamed["elsewhere.json"] = b"{}"
+    write_tar(tmp_path / "nameless" / "a.tar", renamed)
+    draws, (problem,) = read_all(tmp_path / "nameless")
+    assert (problem.where.rpartition(":")[2], problem.reason) == ("elsewhere.json", "bad_json")
+    assert list(draws) == GOOD
+
+
+def test_a_patch_whose_images_name_different_places_is_named(tmp_path, contents):
+    names = json.loads(contents[f"{KEY}.json"])
+    names["s2_toa"][1][2] = ["0748119_-10.00_40.00/1_33.0000_40.0000/20201015"]
+    contents[f"{KEY}.json"] = json.dumps(names).encode()
+    write_tar(tmp_path / "a.tar", contents)
+    draws, (problem,) = read_all(tmp_path)
+    assert (problem.reason, problem.detail) == ("bad_json", "the images of patch 1 name different places")
+    assert draws[KEY].present.sum() == 7
 
 
 def test_a_truncated_shard_gives_what_is_whole_and_names_the_loss(tmp_path, contents):
@@ -194,56 +217,55 @@ def test_a_truncated_shard_gives_what_is_whole_and_names_the_loss(tmp_path, cont
     with tarfile.open(shard) as tar:
         third = next(m for m in tar if m.name.startswith(GOOD[1]))
     shard.write_bytes(data[: third.offset_data + third.size // 2])
-    index, draws = read_all(tmp_path)
-    assert [d.key for d in draws] == [GOOD[0], KEY]
-    assert all(d.present.all() and not d.problems for d in draws)
-    cut = [p for p in index.problems if p.reason == "truncated_tar"]
-    assert len(cut) == 1
-    assert cut[0].where == str(shard)
-    assert third.name in cut[0].detail
+    draws, problems = read_all(tmp_path)
+    assert list(draws) == [GOOD[0], KEY]
+    assert all(d.present.all() for d in draws.values())
+    (cut,) = [p for p in problems if p.reason == "truncated_tar"]
+    assert cut.where.startswith(str(shard))
+    assert third.name in str(cut)
 
 
 def test_a_file_that_is_no_tar_is_named_while_others_are_read(tmp_path, contents):
     write_tar(tmp_path / "b.tar", contents)
     (tmp_path / "a.tar").write_bytes(b"<html>404 not found</html>" * 100)
     (tmp_path / "c.tar").write_bytes(b"")
-    index, draws = read_all(tmp_path)
-    assert {(p.where, p.reason) for p in index.problems} == {
-        (str(tmp_path / "a.tar"), "damaged_tar"),
-        (str(tmp_path / "c.tar"), "truncated_tar"),
-    }
+    draws, problems = read_all(tmp_path)
+    assert {p.where for p in problems} == {str(tmp_path / "a.tar"), str(tmp_path / "c.tar")}
+    assert {p.reason for p in problems} <= {"truncated_tar", "damaged_tar"}
     assert len(draws) == 4
 
 
-def test_a_shard_that_shrinks_or_vanishes_after_indexing_is_named(tmp_path, contents):
-    one = {n: d for n, d in contents.items() if n.startswith(KEY)}
-    last = {f"{KEY}.dem.pth": one.pop(f"{KEY}.dem.pth")}
-    shard = write_tar(tmp_path / "a.tar", one | last)
-    (grid,) = index_shards(str(tmp_path), list(SENSORS)).grids
+@pytest.mark.parametrize("how", ["shrinks", "is rewritten", "vanishes"])
+def test_a_shard_that_is_not_the_indexed_one_is_named_and_never_read(tmp_path, contents, how):
+    shard = write_tar(tmp_path / "a.tar", {n: d for n, d in contents.items() if n.startswith(KEY)})
+    (grid,) = index_shards(str(tmp_path))
     reader = DrawReader(ALL, SIZES)
-    offset, size = grid.members["dem"]
-    shard.write_bytes(shard.read_bytes()[: offset + 100])
+    assert reader.read(grid, 0).present.all()
+    if how == "shrinks":
+        shard.write_bytes(shard.read_bytes()[: grid.sensors["dem"].offset + 100])
+    elif how == "is rewritten":  # another of the same length, under the same name
+        data = bytearray(shard.read_bytes())
+        other = tmp_path / "other"
+        other.write_bytes(bytes(reversed(data)))
+        other.replace(shard)
+    else:
+        shard.unlink()
     sample = reader.read(grid, 0)
     (problem,) = sample.problems
-    assert (problem.where, problem.reason) == (f"{shard}:{KEY}.dem.pth", "unreadable")
-    assert f"100 of {size} bytes" in problem.detail
-    assert sample.present.sum() == 7
-    shard.unlink()
-    sample = reader.read(grid, 0)
-    (problem,) = sample.problems
-    assert problem.reason == "unreadable"
-    assert "No such file" in problem.detail
+    assert problem.where == f"{shard}:{KEY}"
+    assert problem.reason == ("unreadable" if how == "vanishes" else "changed")
     assert not sample.present.any()
+    assert sample.key == KEY
 
 
 def test_folders_without_shards_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"holds no shards"):
-        index_shards(str(tmp_path), list(SENSORS))
+        index_shards(str(tmp_path))
     (tmp_path / "notes.txt").write_text("no tar here")
     with pytest.raises(InputError, match=r"holds no shards"):
-        index_shards(str(tmp_path), list(SENSORS))
+        index_shards(str(tmp_path))
     with pytest.raises(InputError, match=r"nowhere.*does not exist"):
-        index_shards(str(tmp_path / "nowhere"), list(SENSORS))
+        index_shards(str(tmp_path / "nowhere"))
     (tmp_path / "a.tar").write_bytes(b"not a tar")
-    with pytest.raises(InputError, match=r"no grid.*a\.tar: truncated_tar"):
-        index_shards(str(tmp_path), list(SENSORS))
+    with pytest.raises(InputError, match=r"no grid.*a\.tar: (truncated|damaged)_tar"):
+        index_shards(str(tmp_path)).having(["dem"])

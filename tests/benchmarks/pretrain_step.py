@@ -14,12 +14,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from copernicus.datasets.index import index_shards
 from copernicus.datasets.order import Order
 from copernicus.datasets.sensors import SENSORS
-from copernicus.datasets.slices import collate, index_shards
 from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.platform.experiment import load_experiment
 from copernicus.platform.pretrain import PerRowLoss, Plan, build_autoencoder, weigh
+from copernicus.platform.stream import tensors
 
 
 def median(repeat: int, part: Callable[[], object]) -> float:
@@ -38,15 +39,15 @@ def main(path: str, rows: int = 16, repeat: int = 5) -> None:
     experiment = load_experiment(path)
     settings = experiment.pretrain
     assert settings is not None, "the experiment has no pretrain section"
-    index = index_shards(settings.shards, settings.sensors)
+    index = index_shards(settings.shards).having(settings.sensors)
     sensors = tuple(SENSORS[name] for name in settings.sensors)
     sizes = {s.name: settings.image_size.get(s.name, s.image_size) for s in sensors}
-    plan = Plan(settings, 0, Order(len(index.grids)), sensors, sizes, (), len(index.grids))
+    plan = Plan(settings, 0, Order(len(index)), sensors, sizes, (), len(index))
     reader = plan.reader(augment=True)
     module = PerRowLoss(build_autoencoder(plan), sensors)
     optimizer = torch.optim.AdamW(parameter_groups(module, settings.weight_decay), lr=1e-4, fused=True)
-    columns = collate([reader.read(grid, 0) for grid in index.grids[:rows]], sensors)
-    batch = {k: torch.from_numpy(v) for k, v in columns.items() if k not in ("key", "problems")}
+    grids = index.entries(range(rows))
+    batch = tensors(reader.batch([(grid, 0, 0) for grid in grids]), torch.device("cpu"))
 
     def loss() -> torch.Tensor:
         total, count = weigh(module(batch, {}), batch["present"])
@@ -56,7 +57,7 @@ def main(path: str, rows: int = 16, repeat: int = 5) -> None:
         optimizer.zero_grad()
         loss().backward()
 
-    read = median(repeat, lambda: collate([reader.read(grid, 1) for grid in index.grids[:rows]], sensors))
+    read = median(repeat, lambda: reader.batch([(grid, 1, 0) for grid in grids]))
     forward = median(repeat, loss)
     both = median(repeat, backward)
     update = median(repeat, optimizer.step)

@@ -1,0 +1,161 @@
+"""Killing what runs, at random moments: nothing is trained twice, nothing is lost, and the weights end with the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import make_grid
+from test_run import command, final_weights, pretraining
+
+from copernicus.datasets.index import index_shards
+from copernicus.datasets.order import Coverage
+from copernicus.datasets.shards import write_shards
+
+EPOCHS, DRAWS, GRIDS = 24, 2, 24
+FEW = "pretrain.sensors=[s2_toa,s5p_o3,dem]"  # a step costs less, and the ranks meet different sensors all the same
+
+
+@pytest.fixture(scope="module")
+def whole_grids(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    grids = (make_grid(i, ("s2_toa", "s5p_o3") if i % 5 == 2 else ()) for i in range(GRIDS))
+    write_shards(grids, folder, grids_per_shard=9)
+    return folder
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator:
+    """A head without CPUs and one node with two, as processes of this machine."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes.add_node(num_cpus=2)
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
+
+
+class Run:
+    """A `copernicus run` on that cluster."""
+
+    def __init__(self, folder: Path, yaml: Path, address: str, *overrides: str):
+        self.log = open(folder / f"{yaml.stem}.log", "ab")  # noqa: SIM115 (closed with the process)
+        self.process = subprocess.Popen(
+            command("run", str(yaml), f"pretrain.epochs={EPOCHS}", *overrides),
+            cwd=folder, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, "RAY_ADDRESS": address},
+        )  # fmt: skip
+
+    def wait(self, seconds: float = 300) -> int:
+        code = self.process.wait(timeout=seconds)
+        self.log.close()
+        return code
+
+
+def checkpoints(folder: Path, name: str) -> set[str]:
+    return {p.name for p in folder.glob(f"runs/{name}-*/pretrain/checkpoint_2*")}
+
+
+def await_checkpoint(folder: Path, run: Run, before: set[str], seconds: float = 180) -> set[str]:
+    """Until a checkpoint is there that was not before."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if now := checkpoints(folder, "broken") - before:
+            return now
+        assert run.process.poll() is None, (folder / "broken.log").read_text()
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint came:\n" + (folder / "broken.log").read_text())
+
+
+def train_workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def assert_each_epoch_was_trained_once(folder: Path, name: str, shards: Path) -> None:
+    (result,) = (folder / "runs").glob(f"{name}-*")
+    saved = torch.load(json.loads((result / "state.json").read_text())["checkpoint"], weights_only=True)
+    expected = Coverage.expected(index_shards(str(shards)).keys, DRAWS)
+    assert expected[0] == GRIDS * DRAWS
+    assert {epoch: tuple(seen) for epoch, seen in saved["coverage"].items()} == dict.fromkeys(range(EPOCHS), expected)
+    assert saved["samples_seen"] == EPOCHS * DRAWS * GRIDS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids):
+    rng = random.Random(int(time.time()))  # other moments each time
+    settings = (FEW, "pretrain.val_fraction=0", "pretrain.max_failures=9", "pretrain.checkpoint_minutes=0.02")
+    with cluster() as nodes:
+        whole = Run(tmp_path, pretraining(tmp_path, whole_grids, "whole"), nodes.address, *settings)
+        assert whole.wait() == 0, (tmp_path / "whole.log").read_text()
+        yaml = pretraining(tmp_path, whole_grids, "broken")
+        run = Run(tmp_path, yaml, nodes.address, *settings)
+        seen: set[str] = set()
+        for victim in ("worker", "driver", "raylet", "worker", "driver", "raylet", "worker"):
+            seen |= await_checkpoint(tmp_path, run, seen)
+            time.sleep(rng.uniform(0, 1.5))
+            if run.process.poll() is not None:
+                break  # too fast for one more
+            if victim == "worker":
+                os.kill(rng.choice(train_workers()).pid, signal.SIGKILL)
+            elif victim == "raylet":
+                (node,) = nodes.worker_nodes
+                raylets = node.all_processes["raylet"]
+                os.kill(raylets[0].process.pid, signal.SIGKILL)
+                nodes.worker_nodes.remove(node)
+                node.kill_all_processes(check_alive=False, allow_graceful=False)
+                nodes.add_node(num_cpus=2)
+            else:
+                run.process.kill()
+                assert run.wait() == -signal.SIGKILL
+                run = Run(tmp_path, yaml, nodes.address, *settings)
+        else:
+            victim = "all seven"
+        assert run.wait() == 0, (tmp_path / "broken.log").read_text()
+    assert victim == "all seven", f"the run ended before the kill of a {victim}: make it longer"
+    a, b = final_weights(tmp_path, "whole"), final_weights(tmp_path, "broken")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_each_epoch_was_trained_once(tmp_path, "whole", whole_grids)
+    assert_each_epoch_was_trained_once(tmp_path, "broken", whole_grids)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_another_number_of_workers_goes_on_with_the_next_sample(tmp_path, whole_grids):
+    """Two workers, killed; one, killed; two again. Sums over ranks round otherwise, so weights agree to tolerance."""
+    settings = (FEW, "pretrain.val_fraction=0", "pretrain.checkpoint_minutes=0.02", "pretrain.blr=0.001")
+    with cluster() as nodes:
+        whole = Run(tmp_path, pretraining(tmp_path, whole_grids, "whole"), nodes.address, *settings)
+        assert whole.wait() == 0, (tmp_path / "whole.log").read_text()
+        yaml = pretraining(tmp_path, whole_grids, "broken")
+        seen: set[str] = set()
+        for workers in (2, 1):
+            run = Run(tmp_path, yaml, nodes.address, *settings, f"pretrain.workers={workers}")
+            seen |= await_checkpoint(tmp_path, run, seen)
+            time.sleep(0.5)
+            assert run.process.poll() is None
+            run.process.kill()
+            run.wait()
+        run = Run(tmp_path, yaml, nodes.address, *settings, "pretrain.workers=2")
+        assert run.wait() == 0, (tmp_path / "broken.log").read_text()
+    a, b = final_weights(tmp_path, "whole"), final_weights(tmp_path, "broken")
+    start = {k: v for k, v in a.items() if v.is_floating_point()}
+    for name in start:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+    assert_each_epoch_was_trained_once(tmp_path, "broken", whole_grids)
