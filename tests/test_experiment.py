@@ -219,7 +219,7 @@ def test_the_fingerprint_stays_with_what_does_not(override):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("pretrain.epochz=5", ["pretrain.epochz: unknown key", "did you mean 'epochs'", "valid keys: shards, model"]),
+        ("pretrain.epochz=5", ["pretrain.epochz: unknown key", "did you mean 'epochs'", "valid keys: shards, index"]),
         ("pretain.epochs=5", ["pretain: unknown key", "did you mean 'pretrain'", "sweep"]),
         ("zzz=5", ["zzz: unknown key; valid keys: name, kind, seed"]),
         ("pretrain.model.dept=5", ["pretrain.model.dept: unknown key; did you mean 'depth'"]),
