@@ -46,11 +46,10 @@ def ray_session(verbose: bool = False) -> Iterator[dict[str, float]]:
 
 def silence() -> None:
     """Ray's own chatter off; errors stay."""
+    import optuna
+    import ray.data  # first: it sets its loggers up on import
+
     for name in LOUD_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    import ray.data
-
     ray.data.DataContext.get_current().enable_progress_bars = False
