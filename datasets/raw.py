@@ -226,7 +226,7 @@ def read_image(
     Args:
         size: stored side, pixels.
         rows: (start, stop) of the stored image's rows; these may be without a valid value.
-        notes: counts images whose offset is unknown, as `baseline.UNKNOWN`.
+        notes: counts the images read, by sensor, and those of unknown offset, as `baseline.UNKNOWN`.
 
     Raises:
         ImageError: unreadable, wrong_shape (bands, sides), scaled (GDAL scale or offset, which the raw layout does not
@@ -260,7 +260,7 @@ def read_image(
         if isinstance(error, OSError) and error.errno not in _NOT_THERE:
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ImageError("unreadable", reason.removeprefix(f"{path}: ")) from None
+        raise ImageError("unreadable", reason.removeprefix(f"{path}: ").replace(str(path), path.name)) from None
     x_CHW = values.astype(np.float32).filled(np.nan)
     x_CHW = np.where(np.isfinite(x_CHW), x_CHW, np.float32(np.nan))
     if rows is None and np.isnan(x_CHW).all():
@@ -270,6 +270,8 @@ def read_image(
         if offset is None and notes is not None:
             notes[baseline.UNKNOWN] += 1
         x_CHW = baseline.add_offset(x_CHW, offset or 0)
+    if notes is not None:
+        notes[sensor] += 1
     return to_type(x_CHW, STORED_DTYPE[sensor]) if fits else as_stored(x_CHW, sensor, size)[:, start:stop]
 
 
