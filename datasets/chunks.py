@@ -25,7 +25,7 @@ from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import LEADING_AXES, Problem
 
 GRIDS_PER_CHUNK = 1000
-_ARCHIVE = re.compile(rf"({'|'.join(SENSORS)})_(?:\w*_)?(?:chunk|batch)?(\d+)\.tar\.zst")
+_ARCHIVE = re.compile(rf"({'|'.join(SENSORS)})_(?:\w*_)?(?:chunk|batch)?(\d+)\.tar\.zst", re.ASCII)
 _FILE = r"[A-Za-z0-9][\w.+-]{0,199}\.tif"
 _LARGEST_MEMBER = 64 << 20  # bytes; published images have up to 4 million
 _LARGEST_ARCHIVE = 512 << 30  # bytes, unpacked; 1,000 grids of Sentinel-2 have some 40 billion
@@ -100,7 +100,7 @@ def _in_time(paths: Iterable[str]) -> list[str]:
 def _extract(archive: Path, sensor: str, into: Path, problems: list[Problem]) -> Iterator[tuple[str, str, str]]:
     """Unpacks one archive; yields the grid, the patch and the path below ``into`` of each image written."""
     patch = f"({PATCH_NAME.pattern})/" if "patch" in LEADING_AXES[sensor] else "()"
-    expected = re.compile(rf"(?:.*/)?({GRID_NAME.pattern})/{patch}({_FILE})")
+    expected = re.compile(rf"(?:.*/)?({GRID_NAME.pattern})/{patch}({_FILE})", re.ASCII)
     written = 0
     try:
         with pyarrow.OSFile(str(archive)) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:

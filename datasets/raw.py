@@ -43,7 +43,8 @@ from copernicus.datasets.stored import as_stored, fill_dates, published_dates, t
 
 _LOCAL = tuple(sensor for sensor, axes in LEADING_AXES.items() if "patch" in axes)  # s1_grd, s2_toa
 _LON_LAT = r"_-?\d{1,3}(?:\.\d{0,9})?_-?\d{1,2}(?:\.\d{0,9})?"
-GRID_NAME, PATCH_NAME = re.compile(r"\d{7}" + _LON_LAT), re.compile(r"\d{1,12}" + _LON_LAT)
+GRID_NAME = re.compile(r"\d{7}" + _LON_LAT, re.ASCII)
+PATCH_NAME = re.compile(r"\d{1,12}" + _LON_LAT, re.ASCII)
 _NOT_THERE = (None, errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)  # None: GDAL's
 _LARGEST_SIDE = 4096  # pixels; published images have up to about 1000
 
