@@ -17,13 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from copernicus.datasets.geotiff import Image, parse_date, read_image, resample
+from copernicus.datasets.geotiff import Image, parse_date, read_image
 from copernicus.datasets.sensors import SENSORS, InputError, get_sensor
 from copernicus.datasets.shards import (
     LEADING_AXES,
-    STORED_DTYPE,
     Grid,
     grid_index,
     grid_key,
@@ -31,15 +29,9 @@ from copernicus.datasets.shards import (
     patch_name,
     write_shards,
 )
+from copernicus.datasets.stored import as_stored, published_dates
 
 _SUFFIXES = (".tif", ".tiff", ".nc")
-
-
-def published_dates(sensor: str) -> int:
-    """Dates stored for each place: 4 of s1 and s2, 8 of s3, 12 of s5p, 1 of dem."""
-    return (
-        1 if sensor == "dem" else 12 if sensor.startswith("s5p") else {"s1_grd": 4, "s2_toa": 4, "s3_olci": 8}[sensor]
-    )
 
 
 @dataclass
@@ -215,21 +207,12 @@ def _grids(
 
 def _cut(image: Image, sensor: str, size: int, per_side: int) -> Iterator[tuple[np.ndarray, float, float]]:
     """The image's per_side x per_side parts as they are stored, (C, size, size), and the place of their centres."""
-    spec, dtype = SENSORS[sensor], STORED_DTYPE[sensor]
+    spec = SENSORS[sensor]
     # Radiance, say, back to the numbers that the sensor's own scale turns into radiance.
     factor_C = np.broadcast_to(image.sensor.scale, spec.channels) / np.broadcast_to(spec.scale, spec.channels)
     raw_CHW = image.array_CHW * factor_C[:, None, None].astype(np.float32)
     height, width = (side // per_side for side in raw_CHW.shape[1:])
     for row in range(0, height * per_side, height):
         for col in range(0, width * per_side, width):
-            part_1CHW = torch.from_numpy(raw_CHW[None, :, row : row + height, col : col + width].copy())
-            ratio = size / min(height, width)
-            part_CHW = resample(part_1CHW, (max(size, round(height * ratio)), max(size, round(width * ratio))))[
-                0
-            ].numpy()
-            top, left = (part_CHW.shape[1] - size) // 2, (part_CHW.shape[2] - size) // 2
-            part_CHW = part_CHW[:, top : top + size, left : left + size]
-            if dtype.kind == "i":
-                limits = np.iinfo(dtype)
-                part_CHW = np.clip(np.rint(np.nan_to_num(part_CHW, nan=0.0)), limits.min, limits.max)
-            yield part_CHW.astype(dtype), *image.locate(row + height / 2, col + width / 2)
+            part_CHW = raw_CHW[:, row : row + height, col : col + width]
+            yield as_stored(part_CHW, sensor, size), *image.locate(row + height / 2, col + width / 2)

@@ -181,12 +181,22 @@ def resample(x_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.where(valid_BCHW >= 0.5, value_BCHW, torch.nan)
 
 
-def _open(path: Path, sensor: Sensor) -> _File:
+def file_driver(path: Path) -> str:
+    """GDAL's name of the driver for a file, by its first bytes alone.
+
+    Raises:
+        InputError: it is neither GeoTIFF nor NetCDF.
+    """
     with open(path, "rb") as raw:
         start = raw.read(4)
-    driver = next((driver for magic, driver in _MAGIC.items() if start.startswith(magic)), None)
-    if driver is None:
-        raise InputError(f"{path}: neither GeoTIFF nor NetCDF (it begins with {start!r})")
+    for magic, driver in _MAGIC.items():
+        if start.startswith(magic):
+            return driver
+    raise InputError(f"{path}: neither GeoTIFF nor NetCDF (it begins with {start!r})")
+
+
+def _open(path: Path, sensor: Sensor) -> _File:
+    driver = file_driver(path)
     with rasterio.open(path, driver=driver) as source:
         if driver == "GTiff":
             names = tuple(name or "" for name in source.descriptions)

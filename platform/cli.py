@@ -171,15 +171,53 @@ def index(
 
 @data.command()
 def convert(
-    folder: Annotated[Path, typer.Argument(help="Holds a folder of GeoTIFFs a sensor, one file a site.")],
-    sensors: Annotated[list[str], typer.Argument(help="FOLDER=SENSOR, as in S2L1C=s2_toa S1RTC=s1_grd DEM=dem.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The raw layout (fnames*.json.gz or *.tar.zst), or a folder of GeoTIFFs a sensor.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    sensors: Annotated[
+        list[str] | None,
+        typer.Argument(help="Of sites of your own: S2L1C=s2_toa S1RTC=s1_grd ...", metavar="[FOLDER=SENSOR]..."),
+    ] = None,
     size: Annotated[list[str] | None, typer.Option(help="Stored side, as in s2_toa=112 (else the published).")] = None,
     patches_per_side: Annotated[
-        int, typer.Option(help="Cut s1 and s2 images into this many squared patches.", min=1)
+        int, typer.Option(help="Sites: cut s1 and s2 images into this many squared patches.", min=1)
     ] = 1,
+    fnames: Annotated[Path | None, typer.Option(help="Raw: the list of images, where there are several.")] = None,
+    s2_offset: Annotated[
+        str | None, typer.Option(help="Raw: offset to add to Sentinel-2: auto (by each image's metadata), 0 or -1000.")
+    ] = None,
+    grids_per_shard: Annotated[int | None, typer.Option(help="Raw: 100 as published.", min=1)] = None,
+    verify: Annotated[bool, typer.Option(help="Raw: check what is there by its checksum.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Show Ray's own log.")] = False,
 ) -> None:
-    """Pack co-registered sites as pretraining shards in the published format."""
+    """Make pretraining shards of the raw layout (a Ray job; the same command goes on), or of co-registered sites."""
+    from copernicus.datasets.sensors import InputError
+
+    sizes = _numbers(size or [])
+    if sensors:
+        for option, value in (
+            ("fnames", fnames), ("s2-offset", s2_offset), ("grids-per-shard", grids_per_shard), ("verify", verify),
+        ):  # fmt: skip
+            if value:
+                raise InputError(f"--{option} is for the raw layout, not for {sensors[0]}")
+        _convert_sites(folder, out, sensors, sizes, patches_per_side)
+        return
+    from copernicus.datasets.raw_shards import Settings
+    from copernicus.platform.convert import convert_raw, is_raw
+
+    if fnames is None and folder.is_dir() and not is_raw(folder):
+        raise InputError(
+            f"{folder} is no raw layout (no fnames*.json.gz, no <sensor>_..._chunk001.tar.zst); for images of sites of "
+            "your own name the folder of each sensor, as in S2L1C=s2_toa"
+        )
+    if patches_per_side != 1:
+        raise InputError("--patches-per-side is for sites, not for the raw layout, whose patches are given")
+    settings = Settings(sizes, grids_per_shard or 100, s2_offset or "auto")
+    convert_raw(folder, out, console(), fnames, settings, verify, verbose)
+
+
+def _convert_sites(folder: Path, out: Path, sensors: list[str], sizes: dict[str, int], patches_per_side: int) -> None:
     from copernicus.datasets.convert import convert_sites
     from copernicus.datasets.sensors import InputError
 
@@ -187,9 +225,7 @@ def convert(
     if any(not equals for _, equals, _ in pairs):
         raise InputError(f"{' '.join(sensors)}: write FOLDER=SENSOR, as in S2L1C=s2_toa")
     screen = console()
-    report = convert_sites(
-        folder, out, {name: sensor for name, _, sensor in pairs}, _numbers(size or []), patches_per_side
-    )
+    report = convert_sites(folder, out, {name: sensor for name, _, sensor in pairs}, sizes, patches_per_side)
     for site, notes in report.notes.items():
         for note in notes:
             screen.print(f"{site}: {note}", style="dim", highlight=False, markup=False)
@@ -247,9 +283,13 @@ def _failed(error: Exception) -> int:
     if isinstance(error, click.ClickException):  # a wrong option or argument
         error.show()
         return 2
+    from copernicus.platform.convert import ConvertFailed
     from copernicus.platform.pretrain import PretrainFailed
     from copernicus.platform.sweep import SweepFailed
 
+    if isinstance(error, ConvertFailed):
+        _complain(f"{error}. The same command goes on where it stopped")
+        return 1
     if isinstance(error, (PretrainFailed, SweepFailed)):
         _complain(f"{error}. The same command goes on from the last checkpoint")
         return 1

@@ -64,7 +64,7 @@ def run_experiment(experiment: Experiment, console: Console, fresh: bool = False
         kept = folder.with_name(f"{folder.name}.old-{int(folder.stat().st_mtime)}")
         folder.rename(kept)
         console.print(f"Kept the earlier results in {_short(kept)}")
-    with _locked(folder):
+    with locked(folder):
         _run(experiment, console, verbose, started)
 
 
@@ -117,8 +117,8 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process runs an experiment at a time; the lock goes with the process, however it ends."""
+def locked(folder: Path, work: str = "experiment") -> Iterator[None]:
+    """One process at a time works in a folder; the lock goes with the process, however it ends."""
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
@@ -127,7 +127,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise InputError(
-                f"{_short(folder)}: this experiment is being run by another process ({file.read().strip() or 'unknown'}); "
+                f"{_short(folder)}: this {work} is being run by another process ({file.read().strip() or 'unknown'}); "
                 "wait for it, or end it first"
             ) from None
         file.truncate(0)

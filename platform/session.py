@@ -34,7 +34,7 @@ def ray_session(verbose: bool = False) -> Iterator[dict[str, float]]:
     address = os.environ.get("RAY_ADDRESS")
     # Two logical CPUs at least: one worker and the reading of its data must fit even on a one-core machine.
     local: dict[str, Any] = {} if address else {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
-    # "local": left out, Ray would join whatever cluster was last started on this machine.
+    # Without RAY_ADDRESS Ray would join any cluster that somebody has started on this machine.
     ray.init(address=address or "local", logging_level=level, log_to_driver=verbose, configure_logging=True, **local)
     if not verbose:
         silence()

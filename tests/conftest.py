@@ -89,3 +89,22 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real images: set COPERNICUS_REAL_DATA to their folder")
     return folder
+
+
+RAW_SEED = 3
+RAW_SIZES = {"s1_grd": 24, "s2_toa": 24, "s3_olci": 12, "dem": 48}
+"""Stored sides of the miniature's raw layout, where they are not the published ones."""
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Grid]]:
+    """A small raw layout's folder, and its grids as the miniature's own writer packs them. The second lacks sensors."""
+    from copernicus.datasets.miniature.planet import Planet
+    from copernicus.datasets.miniature.pretrain import PretrainScale, choose_grids, make_grid
+    from copernicus.datasets.miniature.raw import write_raw
+
+    folder = tmp_path_factory.mktemp("raw")
+    scale = PretrainScale(2, 4, 8, 12, RAW_SIZES["s1_grd"], RAW_SIZES["s3_olci"], 28, RAW_SIZES["dem"], 2)
+    write_raw(folder, 4, RAW_SEED, scale)
+    planet = Planet(RAW_SEED)
+    return folder, [make_grid(planet, index, scale) for index in choose_grids(planet, 4)]

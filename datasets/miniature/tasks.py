@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from scipy.ndimage import uniform_filter
 from copernicus.datasets.miniature import air, optical, radar
 from copernicus.datasets.miniature.noise import keyed_rng
 from copernicus.datasets.miniature.planet import METRES_PER_DEGREE, Cover, Planet, Wide, Window
+from copernicus.datasets.miniature.raster import write_tif as _write_tif
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import date_string, days_since_1970
 
@@ -94,43 +94,6 @@ def find_place(
     raise InputError(
         f"miniature: the planet of seed {planet.seed} has no {cover.name} of share {least}; try another seed"
     )
-
-
-# ---------------------------------------------------------------- rasters
-
-
-@lru_cache(maxsize=128)
-def _crs(epsg: int):
-    from rasterio.crs import CRS
-
-    return CRS.from_epsg(epsg)
-
-
-def _write_tif(
-    path: Path, array_CHW: np.ndarray, epsg: int, lon: float, lat: float, pixel: tuple[float, float]
-) -> None:
-    """A GeoTIFF whose centre is the place given; pixel width and height in the units of the reference system."""
-    import rasterio
-    from rasterio.transform import from_origin
-    from rasterio.warp import transform
-
-    channels, height, width = array_CHW.shape
-    (x,), (y,) = ([lon], [lat]) if epsg == 4326 else transform(_crs(4326), _crs(epsg), [lon], [lat])
-    origin = from_origin(x - width / 2 * pixel[0], y + height / 2 * pixel[1], *pixel)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = {"count": channels, "height": height, "width": width, "dtype": array_CHW.dtype.name}
-    with rasterio.open(
-        path,
-        "w",
-        driver="GTiff",
-        crs=_crs(epsg),
-        transform=origin,
-        compress="deflate",
-        zlevel=1,
-        interleave="band",
-        **kind,
-    ) as tif:
-        tif.write(array_CHW)
 
 
 # ---------------------------------------------------------------- EuroSAT-S2
