@@ -34,7 +34,7 @@ _METADATA = b"copernicus_index"
 _AT = pa.struct([
     ("dtype", pa.string()), ("shape", pa.list_(pa.int32())), ("offset", pa.int64()), ("member", pa.int64()),
     ("size", pa.int64()), ("whole", pa.string()), ("days", pa.list_(pa.int32())), ("lon", pa.list_(pa.float64())),
-    ("lat", pa.list_(pa.float64())), ("local", pa.list_(pa.string())),
+    ("lat", pa.list_(pa.float64())), ("local", pa.list_(pa.string())), ("files", pa.list_(pa.string())),
 ])  # fmt: skip
 _PROBLEM = pa.struct([("where", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 SCHEMA = pa.schema([

@@ -14,6 +14,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from copernicus.datasets.augment import Crop, apply_crop, centre_crop, crop_meta
 from copernicus.datasets.index import GridEntry
 from copernicus.datasets.order import generator, uniform
 from copernicus.datasets.pth import PthError, read_tensor
+from copernicus.datasets.raw import ImageError, read_image
 from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.datasets.shards import LEADING_AXES, Problem
 from copernicus.datasets.storage import File, Stamp, open_file
@@ -63,13 +65,16 @@ class Choice:
         top, height = self.crop.top, self.crop.height
         return slice(top, top + height) if self.sensor.channels == 1 else slice(0, self.where.shape[-2])
 
+    @property
+    def number(self) -> int:
+        """Of the image among the sensor's, leading axes flattened."""
+        return int(np.ravel_multi_index(self.at, self.where.shape[: len(self.at)])) if self.at else 0
+
     def span(self) -> tuple[int, int]:
         """(byte offset, length) of these rows in the shard."""
         shape, itemsize = self.where.shape, np.dtype(self.where.dtype).itemsize
-        leading = len(self.at)
-        number = int(np.ravel_multi_index(self.at, shape[:leading])) if leading else 0
         row = shape[-1] * itemsize
-        first = (number * self.sensor.channels * shape[-2] + self.rows.start) * row
+        first = (self.number * self.sensor.channels * shape[-2] + self.rows.start) * row
         return self.where.offset + first, self.sensor.channels * (self.rows.stop - self.rows.start) * row
 
     def image(self, data: bytes) -> np.ndarray:
@@ -81,7 +86,8 @@ class Choice:
 @dataclass(frozen=True)
 class DrawReader:
     """Reads draws of fixed shape. ``sizes``: sensor -> side of the square the model sees, pixels. ``metadata_drop``: the
-    probability with which place, time and area are each made unknown, per sensor and draw.
+    probability with which place, time and area are each made unknown, per sensor and draw. ``s2_offset``: of raw images
+    (see `baseline`).
 
     Raises:
         InputError: a size that is not a multiple of the sensor's patch kernel.
@@ -92,6 +98,7 @@ class DrawReader:
     seed: int = 0
     augment: bool = True
     metadata_drop: float = 0.0
+    s2_offset: str = "auto"
 
     def __post_init__(self) -> None:
         for sensor in self.sensors:
@@ -170,14 +177,12 @@ class DrawReader:
         return columns, rows
 
     def _fill(self, sample: Draw, grid: GridEntry, epoch: int, draw: int) -> None:
-        try:
-            file = _unchanged(grid.shard, grid.stamp)
-        except OSError as error:
-            reason = "changed" if isinstance(error, ChangedError) else "unreadable"
-            sample.problems.append(Problem(f"{grid.shard}:{grid.key}", reason, str(error)))
-            return
         choices = self.choose(grid, epoch, draw)
-        for index, image_CHW in _load(file, grid, choices, sample.problems).items():
+        if any(choice.where.files for choice in choices.values()):
+            loaded = _load_raw(grid, choices, sample.problems, self.s2_offset)
+        else:
+            loaded = _load_shard(grid, choices, sample.problems)
+        for index, image_CHW in loaded.items():
             choice = choices[index]
             sensor = choice.sensor
             crop = dataclasses.replace(choice.crop, top=choice.crop.top - choice.rows.start)
@@ -196,7 +201,7 @@ class DrawReader:
             lon, lat = where.lon[at[0]], where.lat[at[0]]  # type: ignore[assignment]
         days: float | None = DEM_DAYS
         if at:
-            days = where.days[int(np.ravel_multi_index(at, where.shape[: len(at)]))]
+            days = where.days[choice.number]
         # A smaller stored image (the miniature Earth's) shows less ground; its pixels are as large as the sensor's spec says.
         height, width = where.shape[-2:]
         size = self.sizes[sensor.name]
@@ -204,9 +209,15 @@ class DrawReader:
         return lon, lat, float("nan") if days is None else days, area
 
 
-def _load(file: File, grid: GridEntry, choices: Mapping[int, Choice], problems: list[Problem]) -> dict[int, np.ndarray]:
+def _load_shard(grid: GridEntry, choices: Mapping[int, Choice], problems: list[Problem]) -> dict[int, np.ndarray]:
     """The chosen rows of each image, (C, rows, W) as stored."""
     images: dict[int, np.ndarray] = {}
+    try:
+        file = _unchanged(grid.shard, grid.stamp)
+    except OSError as error:
+        reason = "changed" if isinstance(error, ChangedError) else "unreadable"
+        problems.append(Problem(f"{grid.shard}:{grid.key}", reason, str(error)))
+        return images
     sliced = {index: choice for index, choice in choices.items() if not choice.where.whole}
     try:
         pieces = file.read_ranges([choice.span() for choice in sliced.values()])
@@ -227,6 +238,26 @@ def _load(file: File, grid: GridEntry, choices: Mapping[int, Choice], problems: 
             where = _where(grid, choices[index])
             problems.append(Problem(where, "all_nan", f"patch and date {list(choices[index].at)}"))
             del images[index]
+    return images
+
+
+def _load_raw(
+    grid: GridEntry, choices: Mapping[int, Choice], problems: list[Problem], s2_offset: str
+) -> dict[int, np.ndarray]:
+    """As `_load_shard`, from the raw layout's files."""
+    images: dict[int, np.ndarray] = {}
+    for index, choice in choices.items():
+        name, size = choice.where.files[choice.number], choice.where.shape[-1]
+        path = Path(grid.shard) / name
+        try:
+            image = read_image(path, choice.sensor.name, size, s2_offset, (choice.rows.start, choice.rows.stop))
+            if not _any_finite(image):
+                read_image(path, choice.sensor.name, size, s2_offset)  # raises where nothing else is valid either
+            images[index] = image
+        except (ImageError, OSError) as error:
+            reason = error.reason if isinstance(error, ImageError) else "unreadable"
+            where = f"{grid.shard}:{grid.key}.{choice.sensor.name}:{name}"
+            problems.append(Problem(where, reason, str(error)))
     return images
 
 

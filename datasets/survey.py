@@ -29,7 +29,7 @@ class SensorAt:
     ``offset``: byte of the first number in the shard. ``member``, ``size``: the whole .pth member, bytes. ``whole``: why
     slices of it cannot be read ("compressed", "not contiguous"), else "". ``days``: since 1970-01-01 of each image,
     nested axes flattened, None where its name does not say; ``lon``, ``lat`` (degrees) and ``local`` (id) of each local
-    patch, empty for sensors without.
+    patch, empty for sensors without. ``files``: in the raw layout, the file of each image, like ``days``.
     """
 
     dtype: str
@@ -42,6 +42,7 @@ class SensorAt:
     lon: tuple[float | None, ...] = ()
     lat: tuple[float | None, ...] = ()
     local: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 @dataclass

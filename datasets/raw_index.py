@@ -1,0 +1,67 @@
+"""The raw layout as an index: each stored image is a file, so that training reads GeoTIFFs as it reads shards.
+
+A grid's arrays are those that `raw.load_grid` would store: the published number of dates, fewer ones repeated by the same
+keyed draw, patches of s1 and s2 paired. A draw of a grid is therefore the same from raw images and from the shards that
+`copernicus data convert` makes of them (as long as every image can be read: what cannot is left out there, and here
+named when it is drawn).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+
+from copernicus.datasets.raw import RawLayout
+from copernicus.datasets.sensors import SENSORS
+from copernicus.datasets.shards import LEADING_AXES, STORED_DTYPE, Problem, grid_center
+from copernicus.datasets.storage import Stamp
+from copernicus.datasets.stored import fill_dates, published_dates
+from copernicus.datasets.survey import GridSurvey, SensorAt, ShardSurvey
+
+
+def survey_layout(layout: RawLayout, sizes: Mapping[str, int] | None = None, seed: int = 0) -> ShardSurvey:
+    """All grids of a raw layout, as if its folder were one shard. Files are not looked at.
+
+    Args:
+        sizes: sensor -> stored side, pixels; the published one where not given.
+        seed: of the repeated dates.
+    """
+    grids = [_grid(layout, key, sizes or {}, seed) for key in layout.keys]
+    # What the images are resampled to and which dates are repeated belong to what the data are.
+    version = hashlib.sha256(json.dumps([layout.digest, sorted((sizes or {}).items()), seed]).encode()).hexdigest()[:16]
+    return ShardSurvey(str(layout.folder), Stamp(0, version), grids, [])
+
+
+def _grid(layout: RawLayout, key: str, sizes: Mapping[str, int], seed: int) -> GridSurvey:
+    raw = layout.grid(key)
+    grid = GridSurvey(key)
+    grid.lon, grid.lat = grid_center(int(key))
+    for sensor, patches in raw.images.items():
+        spec, dates = SENSORS[sensor], published_dates(sensor)
+        size = sizes.get(sensor, spec.stored_size)
+        images = []
+        for listed in patches:
+            for surplus in listed[dates:]:
+                grid.problems.append(Problem(f"{layout.folder}:{surplus.path}", "too_many_dates", "left out"))
+            order = fill_dates(min(len(listed), dates), sensor, seed, key, listed[0].patch)
+            images += [listed[i] for i in order]
+        local = "patch" in LEADING_AXES[sensor]
+        leading = () if sensor == "dem" else (len(patches), dates) if local else (dates,)
+        bands = () if sensor == "dem" else (spec.channels,)
+        firsts = images[::dates] if local else []
+        grid.sensors[sensor] = SensorAt(
+            STORED_DTYPE[sensor].name,
+            (*leading, *bands, size, size),
+            offset=0,
+            member=0,
+            size=0,
+            whole="a GeoTIFF an image",
+            days=() if sensor == "dem" else tuple(None if math.isnan(i.days) else int(i.days) for i in images),
+            lon=tuple(i.lon for i in firsts),
+            lat=tuple(i.lat for i in firsts),
+            local=tuple(i.patch.split("_", 1)[0] for i in firsts),
+            files=tuple(str(layout.locate(i).relative_to(layout.folder)) for i in images),
+        )
+    return grid
