@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +19,12 @@ import numpy as np
 import torch
 
 from copernicus.datasets.augment import Crop, apply_crop, centre_crop, crop_metadata, random_crop
+from copernicus.datasets.expand import expand
 from copernicus.datasets.order import generator
 from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.datasets.shards import (
     LEADING_AXES,
     Problem,
-    expand_shards,
     grid_center,
     list_members,
     parse_image_name,
@@ -71,8 +70,7 @@ def index_shards(shards: str | Sequence[str], sensors: Sequence[str]) -> GridInd
     Raises:
         InputError: no such shard, or no grid that has one of ``sensors``.
     """
-    # Absolute: workers may run in another directory.
-    paths = [os.path.abspath(path) for path in expand_shards(shards if isinstance(shards, str) else list(shards))]
+    paths = expand(shards if isinstance(shards, str) else list(shards))
     grids: list[GridEntry] = []
     problems: list[Problem] = []
     digest = hashlib.sha256()
