@@ -112,8 +112,7 @@ class _Remote:
         inside = self._list(base + options) if store_of(name).lists else {}
         if not inside:
             raise InputError(f"shard {stores.shown(base)} does not exist")
-        tars = sorted(n for n, is_folder in inside.items() if n.endswith(".tar") and not is_folder)
-        return _some([f"{base}/{n}{options}" for n in tars], f"folder {base} holds no shards (*.tar)")
+        return _some(self._glob(f"{base}/*.tar", options), f"folder {base} holds no shards (*.tar)")
 
     def _glob(self, base: str, options: str) -> list[str]:
         parts = base.split("/")

@@ -48,7 +48,9 @@ _FINAL = re.compile(r"ACCOUNT|ACCESS_?KEY|CREDENTIAL|EXPIRED|INVALID|MALFORMED|S
 
 @contextlib.contextmanager
 def _arrow_errors() -> Iterator[None]:
-    """pyarrow raises OSError for nearly everything; its message has the store's error code or the HTTP status."""
+    """pyarrow raises OSError for nearly everything; its message has the store's error code or the HTTP status. (Where the
+    body of an error is longer than the range that was asked for it says INTERNAL_FAILURE: asked again, a new handle's
+    HEAD tells what is wrong.)"""
     try:
         yield
     except (FileNotFoundError, PermissionError):

@@ -47,20 +47,24 @@ class _HttpHandle:
 
 
 def _check(answer: Any, offset: int) -> None:
-    status = answer.status_code
+    status, where = answer.status_code, answer.headers.get("Content-Range", "")
     said = " ".join(filter(None, (f"HTTP status {status}", answer.reason, answer.headers.get("X-Error-Message"))))
-    if status in (404, 410):
-        raise FileNotFoundError(said)
-    if status in (401, 403):
-        raise PermissionError(said)
-    if status in (408, 429) or status >= 500:
-        raise ConnectionError(said)
     if status == 416 and offset == 0:
         return  # an empty file
     if status == 200:
         raise Refused("the server serves no byte ranges, only whole files")
-    if status != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
-        raise Refused(f"{said}, Content-Range {answer.headers.get('Content-Range')!r}")
+    if status == 206 and not where.startswith(f"bytes {offset}-"):
+        raise Refused(f"{said}, but Content-Range {where!r}")
+    if status != 206:
+        raise _meaning(status)(said)
+
+
+def _meaning(status: int) -> type[OSError]:
+    if status in (404, 410):
+        return FileNotFoundError
+    if status in (401, 403):
+        return PermissionError
+    return ConnectionError if status in (408, 429) or status >= 500 else Refused
 
 
 def _total(answer: Any) -> int:
@@ -98,8 +102,7 @@ class HubStore(HttpStore):
         self._endpoint = endpoint
 
     def open(self, uri: str) -> Handle:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub import get_token, hf_hub_url
 
         parts = _HUB.fullmatch(uri)
         if parts is None:
@@ -112,10 +115,15 @@ class HubStore(HttpStore):
             revision=revision and unquote(revision),
             endpoint=self._endpoint,
         )
-        return _HttpHandle(self._session, url, build_hf_headers())
+        token = get_token()
+        return _HttpHandle(self._session, url, {"Authorization": f"Bearer {token}"} if token else {})
 
     def list(self, folder: str) -> dict[str, bool]:
         from huggingface_hub import HfFileSystem
+        from huggingface_hub.errors import HfHubHTTPError
 
         hub = HfFileSystem(endpoint=self._endpoint, skip_instance_cache=True)
-        return listed(hub, folder)
+        try:
+            return listed(hub, folder)
+        except HfHubHTTPError as error:
+            raise _meaning(error.response.status_code if error.response is not None else 500)(str(error)) from error
