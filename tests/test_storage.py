@@ -259,8 +259,9 @@ def test_a_fault_for_ever_ends_in_an_error_that_names_file_and_tries(s3, remote,
     assert (caught.value.uri, caught.value.tries) == (remote.uri, 3)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.uri, again.tries) == (str(caught.value), remote.uri, 3)
-    with pytest.raises(StoreError):
-        remote.read_ranges(FAR)
+    if mode != "hang":
+        with pytest.raises(StoreError):
+            remote.read_ranges(FAR)
 
 
 def test_a_dead_server_is_given_up(s3, remote, monkeypatch, quick):
@@ -409,7 +410,10 @@ def test_many_threads_share_files(s3, local):
 CHILD = """
 import pickle, sys
 local, remote = pickle.load(sys.stdin.buffer)
-assert local.read(1000, 50) == remote.read(1000, 50), remote
+part = local.read(1000, 50)
+loaded = {"pyarrow", "requests", "fsspec", "huggingface_hub"} & set(sys.modules)
+assert not loaded, f"for a local file: {loaded}"
+assert remote.read(1000, 50) == part
 """
 
 
@@ -437,13 +441,3 @@ def test_a_forked_child_reads_what_its_parent_has_open(s3, remote, local):
     process.join(30)
     assert process.exitcode == 0
     assert remote.read(0, 5) == some_bytes()[:5]
-
-
-def test_local_files_need_none_of_the_stores(local):
-    code = (
-        "import sys; from copernicus.datasets.storage import open_file; "
-        f"open_file({str(local)!r}).read(0, 5); "
-        "print([m for m in ('pyarrow', 'requests', 'fsspec', 'huggingface_hub') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "[]"
