@@ -20,10 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from copernicus.datasets.expand import expand
 from copernicus.datasets.order import uniform
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import Problem
-from copernicus.datasets.storage import Stamp, expand, open_file, read_bytes, write_bytes
+from copernicus.datasets.storage import Stamp, open_file, read_bytes, write_bytes
 from copernicus.datasets.survey import SensorAt, ShardSurvey, survey_shard
 
 FILE_NAME = "index.parquet"

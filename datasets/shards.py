@@ -19,7 +19,6 @@ Source: Copernicus-FM (arXiv 2503.11849) and the data set's published loader.
 from __future__ import annotations
 
 import datetime
-import glob
 import io
 import json
 import os
@@ -274,44 +273,3 @@ def _chunks(grids: Iterator[Grid], size: int) -> Iterator[Iterator[Grid]]:
 def _chain(first: Grid, rest: Iterator[Grid]) -> Iterator[Grid]:
     yield first
     yield from rest
-
-
-def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
-    """Paths of shards from brace patterns (``example-{000000..000009}.tar``), folders (their ``*.tar``), globs, or a
-    list of these; in the order given, a folder's and a glob's sorted.
-
-    Raises:
-        InputError: a file that does not exist, a folder or a glob without shards, or a shard named twice.
-    """
-    from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
-
-    if isinstance(spec, (str, Path)):
-        spec = [spec]
-    shards: list[str] = []
-    for pattern in spec:
-        try:
-            candidates = list(braceexpand(str(pattern)))
-        except UnbalancedBracesError:
-            raise InputError(f"shards {str(pattern)!r}: unbalanced braces") from None
-        for candidate in candidates:
-            path = os.path.expanduser(candidate)
-            if os.path.isfile(path):
-                shards.append(path)
-            elif os.path.isdir(path):
-                inside = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-                if not inside:
-                    raise InputError(f"folder {path} holds no shards (*.tar)")
-                shards += inside
-            elif glob.has_magic(path):
-                inside = sorted(glob.glob(path))
-                if not inside:
-                    raise InputError(f"no shard matches {path}")
-                shards += inside
-            else:
-                raise InputError(f"shard {path} does not exist")
-    if not shards:
-        raise InputError("no shards given")
-    repeated = sorted({shard for shard in shards if shards.count(shard) > 1})
-    if repeated:
-        raise InputError(f"shard {repeated[0]} is named twice")
-    return shards

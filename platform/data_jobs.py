@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from copernicus.datasets.expand import expand
 from copernicus.datasets.index import GridIndex, default_path, to_index
 from copernicus.datasets.sensors import SENSORS
-from copernicus.datasets.storage import expand
 from copernicus.platform.indexing import update_index
 from copernicus.platform.run import progress_bar
 from copernicus.platform.session import ray_session

@@ -28,6 +28,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from copernicus.datasets.baseline import POLICIES
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.models.zoo import ZOO
@@ -85,9 +86,9 @@ class Pretrain:
     """Masked-autoencoder pretraining. Learning rate as published: ``blr`` * batch_size / 256 after the warm-up."""
 
     shards: list[str] = field(default_factory=list)
-    index: Optional[str] = (
-        None  # of the shards; none: the one next to them, else one is made and kept in the output folder
-    )
+    geotiffs: Optional[str] = None  # in place of shards: the folder of a raw layout, with its fnames*.json.gz
+    s2_offset: str = "auto"  # of raw Sentinel-2 images: by their metadata (auto), 0, or -1000 (since baseline 04.00)
+    index: Optional[str] = None  # of the shards; none: the one next to them, else one that the output folder keeps
     require: str = "any"  # any: grids with any of the sensors train with those they have; all: only whole ones
     model: Model = field(default_factory=Model)
     sensors: list[str] = field(default_factory=lambda: list(SENSORS))
@@ -359,8 +360,11 @@ def _validate(e: Experiment, source: str) -> None:
             positive(f"{path}.{key}", number)
 
     if (p := e.pretrain) is not None:
-        if not p.shards:
-            raise wrong("pretrain.shards", "missing: give shard files, folders or brace patterns")
+        if bool(p.shards) == bool(p.geotiffs):
+            raise wrong("pretrain.shards", "give shard files, folders or brace patterns, or else pretrain.geotiffs")
+        if p.geotiffs:
+            exists("pretrain.geotiffs", p.geotiffs)
+        choice("pretrain.s2_offset", p.s2_offset, POLICIES)
         choice("pretrain.require", p.require, ("any", "all"))
         for shards in p.shards:
             if "://" in shards:

@@ -28,7 +28,8 @@ from copernicus.datasets.index import (
     write_index,
 )
 from copernicus.datasets.sensors import InputError
-from copernicus.datasets.storage import Stamp, exists
+from copernicus.datasets.storage import Stamp
+from copernicus.datasets.storage import stamps as file_stamps
 
 Report = Callable[[float, float, str], None]
 """Called with shards done, shards in all, and a note."""
@@ -130,8 +131,12 @@ def _current(uris: Sequence[str]) -> list[Stamp | None]:
         return list(pool.map(current_stamp, uris))
 
 
+def _exists(path: str) -> bool:
+    return file_stamps([path])[0] is not None
+
+
 def _read(path: str) -> pa.Table | None:
-    return read_index(path) if exists(path) else None
+    return read_index(path) if _exists(path) else None
 
 
 def _beside(shards: Sequence[str]) -> str | None:
@@ -140,7 +145,7 @@ def _beside(shards: Sequence[str]) -> str | None:
         path = default_path(shards)
     except InputError:  # several folders
         return None
-    return path if exists(path) else None
+    return path if _exists(path) else None
 
 
 def _parts_folder(path: str) -> Path:

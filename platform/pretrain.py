@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from copernicus.datasets.index import GridIndex
+from copernicus.datasets.expand import expand
+from copernicus.datasets.index import GridIndex, from_surveys
 from copernicus.datasets.order import Coverage, Order, generator
+from copernicus.datasets.raw import read_layout
+from copernicus.datasets.raw_index import survey_layout
 from copernicus.datasets.sensors import SENSORS, InputError, Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
-from copernicus.datasets.storage import expand
 from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.models.zoo import create_model
 from copernicus.platform.experiment import Pretrain
@@ -71,7 +73,7 @@ class Plan:
 
     def reader(self, augment: bool) -> DrawReader:
         drop = self.settings.metadata_drop if augment else 0.0
-        return DrawReader(self.sensors, self.sizes, self.seed, augment, drop)
+        return DrawReader(self.sensors, self.sizes, self.seed, augment, drop, self.settings.s2_offset)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to ``min_lr``, set at every step (arXiv 2503.11849)."""
@@ -377,7 +379,10 @@ def pretrain(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    whole = open_index(expand(settings.shards), settings.index, folder.parent / "index", on_index)
+    if settings.geotiffs:
+        whole = from_surveys([survey_layout(read_layout(settings.geotiffs))])
+    else:
+        whole = open_index(expand(settings.shards), settings.index, folder.parent / "index", on_index)
     index = whole.having(settings.sensors, settings.require)
     train, held_out = index.split(settings.val_fraction, seed)
     if not len(train):

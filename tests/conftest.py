@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from object_store import s3, s3_server  # noqa: F401 (fixtures)
 
 from copernicus.datasets.order import generator
 from copernicus.datasets.sensors import SENSORS

@@ -219,7 +219,7 @@ def test_the_fingerprint_stays_with_what_does_not(override):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("pretrain.epochz=5", ["pretrain.epochz: unknown key", "did you mean 'epochs'", "valid keys: shards, index"]),
+        ("pretrain.epochz=5", ["pretrain.epochz: unknown key", "did you mean 'epochs'", "valid keys: shards, geotiffs"]),
         ("pretain.epochs=5", ["pretain: unknown key", "did you mean 'pretrain'", "sweep"]),
         ("zzz=5", ["zzz: unknown key; valid keys: name, kind, seed"]),
         ("pretrain.model.dept=5", ["pretrain.model.dept: unknown key; did you mean 'depth'"]),
@@ -254,7 +254,7 @@ def test_the_fingerprint_stays_with_what_does_not(override):
         ("sweep.encoders.mine={weights: mine.pth}", ["sweep.encoders.mine.weights: no such file or folder: mine.pth"]),
         ("pretrain.shards=[nowhere]", ["pretrain.shards: no such file or folder: nowhere"]),
         ("pretrain.shards=['nowhere/a-{0..3}.tar']", ["pretrain.shards: no such file or folder", "nowhere"]),
-        ("pretrain.shards=[]", ["pretrain.shards: missing"]),
+        ("pretrain.shards=[]", ["pretrain.shards: give shard files", "pretrain.geotiffs"]),
         ("sweep.data=nowhere", ["sweep.data: no such file or folder: nowhere"]),
         ("sweep.data=", ["sweep.data"]),
         ("kind=swep", ["kind: no 'swep'", "did you mean 'sweep'", "pretrain, sweep, pipeline"]),

@@ -13,10 +13,10 @@ import pytest
 from conftest import make_grid
 from test_run import command, copernicus
 
+from copernicus.datasets.expand import expand
 from copernicus.datasets.index import index_shards, read_index, stamps, to_index
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import write_shard, write_shards
-from copernicus.datasets.storage import expand
 from copernicus.platform.indexing import open_index, update_index
 from copernicus.platform.session import ray_session
 

@@ -166,26 +166,3 @@ def test_a_grid_that_is_not_as_published_is_refused(what, tmp_path):
     with pytest.raises(InputError, match=r"grid '(0200599|599)'"):
         shards.write_shards([spoil(what)], tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_expand_shards(tmp_path):
-    paths = [str(p) for p in shards.write_shards([make_grid(i) for i in range(4)], tmp_path, grids_per_shard=1)]
-    assert shards.expand_shards(str(tmp_path)) == paths
-    assert shards.expand_shards(f"{tmp_path}/example-{{000001..000002}}.tar") == paths[1:3]
-    assert shards.expand_shards(f"{tmp_path}/example-*.tar") == paths
-    assert shards.expand_shards([paths[3], paths[0]]) == [paths[3], paths[0]]
-
-
-def test_expand_shards_names_what_is_missing(tmp_path):
-    shards.write_shards([make_grid()], tmp_path)
-    (tmp_path / "empty").mkdir()
-    for spec, message in [
-        (f"{tmp_path}/example-{{000000..000001}}.tar", "example-000001.tar does not exist"),
-        (f"{tmp_path}/empty", "empty holds no shards"),
-        (f"{tmp_path}/x*.tar", "no shard matches"),
-        ([f"{tmp_path}/example-000000.tar"] * 2, "named twice"),
-        (f"{tmp_path}/example-{{000000..", "unbalanced braces"),
-        ([], "no shards"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            shards.expand_shards(spec)

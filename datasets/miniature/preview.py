@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from copernicus.datasets.expand import expand
 from copernicus.datasets.miniature.planet import Planet
 from copernicus.datasets.miniature.tasks import TASKS
 from copernicus.datasets.sensors import OLCI_SCALE, SENSORS, InputError
-from copernicus.datasets.shards import days_since_1970, expand_shards, grid_center, parse_image_name
+from copernicus.datasets.shards import days_since_1970, grid_center, parse_image_name
 from copernicus.datasets.tar import list_members
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _draw_planet(axes: np.ndarray, seed: int, pretrain: Path) -> None:
     land = wide.elevation > 0
     extent = (-180, 180, -90, 90)
     axes[0].imshow(wide.elevation, cmap="terrain", vmin=-3000, vmax=3500, extent=extent)
-    places = [grid_center(int(key)) for shard in expand_shards(pretrain) for key in list_members(shard)[0]]
+    places = [grid_center(int(key)) for shard in expand(pretrain) for key in list_members(shard)[0]]
     axes[0].scatter(*zip(*places, strict=True), s=3, c="red")
     axes[0].set_title(f"seed {seed}: elevation and the {len(places)} pretraining grids")
     colour = np.where(land[..., None], np.array([0.72, 0.7, 0.45]), np.array([0.15, 0.3, 0.6]))
@@ -106,7 +107,7 @@ def _draw_planet(axes: np.ndarray, seed: int, pretrain: Path) -> None:
 
 def _complete_grid(pretrain: Path) -> tuple[str, str, dict[str, tuple[int, int]]] | None:
     """Shard, key and members of the first grid that lacks no sensor, if there is one."""
-    for shard in expand_shards(pretrain):
+    for shard in expand(pretrain):
         for key, members in list_members(shard)[0].items():
             if len(members) == len(SENSORS) + 1:
                 return shard, key, members
