@@ -274,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in answer.headers.items():
             if name.lower() not in (*_HOP, "date", "server"):
                 self.send_header(name, value)
-        self.send_header("Content-Length", str(len(kept) if mode == "short" else length))
+        self.send_header("Content-Length", str(len(kept) if mode == "short" and self.command != "HEAD" else length))
         self.end_headers()
         request.sent = len(kept)
         self.wfile.write(kept)
