@@ -62,8 +62,8 @@ class ImageName(NamedTuple):
 class Problem:
     """Something in the data that could not be used."""
 
-    where: str  # shard and member
-    reason: str  # truncated_tar, missing_json, bad_json, unreadable, unsafe_or_broken_pth, wrong_shape, all_nan
+    where: str  # shard and member, or a raw image
+    reason: str  # truncated_tar, missing_json, bad_json, unreadable, unsafe_or_broken_pth, wrong_shape, all_nan, ...
     detail: str = ""
 
     def __str__(self) -> str:
