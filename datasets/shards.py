@@ -60,9 +60,9 @@ class ImageName(NamedTuple):
 class Problem:
     """Something in the data that could not be used."""
 
-    where: str  # shard and member
-    # truncated_tar, damaged_tar, stray_member, duplicate_member; missing_json, bad_json; unreadable,
-    # unsafe_or_broken_pth, wrong_shape, all_nan
+    where: str  # shard and member, or a raw image
+    # truncated_tar, damaged_tar, stray_member, duplicate_member, duplicate_grid; missing_json, bad_json; unreadable,
+    # changed, unsafe_or_broken_pth, wrong_shape, all_nan; of raw images also scaled, no_date, too_many_dates
     reason: str
     detail: str = ""
 

@@ -100,9 +100,11 @@ def convert_raw(
         )
         if left:
             with ray_session(verbose) as resources, _failing(out):
-                _convert(left, out, settings, verify, max(1, int(resources.get("CPU", 1))), console)
+                try:
+                    _convert(left, out, settings, verify, max(1, int(resources.get("CPU", 1))), console)
+                finally:
+                    clear_leftovers(out)
         with _failing(out):
-            clear_leftovers(out)
             manifest = _finish(units, out, begun)
     _report(manifest, out, console)
     return manifest
@@ -125,6 +127,8 @@ def _plan(source: Path, fnames: Path | None, settings: Settings) -> tuple[list[U
     layout = read_layout(source, fnames)
     _check_images(layout)
     title = f"{len(layout.keys)} grids of {source / layout.source}"
+    if layout.empty:
+        title += f" ({layout.empty} more are listed without an image)"
     begun = {"title": title, "source": str(source), "digest": layout.digest, "options": options}
     return folder_units(layout, settings), begun
 
@@ -166,36 +170,48 @@ def _failing(out: Path) -> Iterator[None]:
 
 def _convert(units: Sequence[Unit], out: Path, settings: Settings, verify: bool, cpus: int, console: Console) -> None:
     import ray
-    from ray.exceptions import RayError, RayTaskError
 
     task: Any = ray.remote(num_cpus=1, max_retries=_RETRIES)(convert_unit)
     running: dict[Any, Unit] = {}
     waiting = iter(units)
     done = grids = 0
-    with progress_bar(console, "converting") as update:
-        while True:
-            # Few at a time: their arguments, the units' lists of images, need not all be in Ray's store.
-            while len(running) < 2 * cpus and (unit := next(waiting, None)) is not None:
-                running[task.remote(unit, out, settings, verify)] = unit
-            if not running:
-                return
-            update(done, len(units), f"{grids} grids")
-            for reference in ray.wait(list(running), timeout=1)[0]:
-                unit = running.pop(reference)
-                try:
-                    grids += ray.get(reference)
-                except RayError as error:
-                    for other in running:
-                        ray.cancel(other)
-                    if isinstance(error, RayTaskError):
-                        if isinstance(error.cause, (OSError, InputError)):
-                            raise error.cause from None
-                        raise
-                    raise ConvertFailed(f"{unit.name}: its worker died {_RETRIES + 1} times ({error})") from error
-                if finished(unit, out) is None:
-                    raise ConvertFailed(f"{unit.name} is not in {out}: this folder must be the same one for all nodes")
-                done += 1
-            update(done, len(units), f"{grids} grids")
+    try:
+        with progress_bar(console, "converting") as update:
+            while True:
+                # Few at a time: their arguments, the units' lists of images, need not all be in Ray's store.
+                while len(running) < 2 * cpus and (unit := next(waiting, None)) is not None:
+                    running[task.remote(unit, out, settings, verify)] = unit
+                update(done, len(units), f"{grids} grids")
+                if not running:
+                    return
+                for reference in ray.wait(list(running), timeout=1)[0]:
+                    unit = running.pop(reference)
+                    grids += _result(reference, unit)
+                    if finished(unit, out) is None:
+                        raise ConvertFailed(f"{unit.name} is not in {out}; it must be one folder for all nodes")
+                    done += 1
+    except BaseException:
+        # They clear up behind themselves, given the time.
+        with contextlib.suppress(Exception):
+            for reference in running:
+                ray.cancel(reference)
+            ray.wait(list(running), num_returns=len(running), timeout=10)
+        raise
+
+
+def _result(reference: Any, unit: Unit) -> int:
+    """A unit's number of grids, or its own exception instead of Ray's."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, (OSError, InputError)):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise ConvertFailed(f"{unit.name}: its worker died {_RETRIES + 1} times ({error})") from error
 
 
 def _finish(units: Sequence[Unit], out: Path, begun: Mapping[str, Any]) -> dict[str, Any]:
