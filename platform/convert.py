@@ -81,12 +81,14 @@ def convert_raw(
         raise InputError(f"grids_per_shard is {settings.grids_per_shard}; it must be at least 1")
     for sensor in settings.sizes:
         get_sensor(sensor)
+    if blocking := [path for path in (out, *out.parents) if path.is_file()]:
+        raise InputError(f"{out}: {blocking[0]} is a file; give a folder for the shards")
     units, begun = _plan(source, fnames, settings)
     if (out / "manifest" / "settings.json").exists():
         _check_begun(out, begun)
     elif any(out.glob("*.tar")):
         raise InputError(f"{out} holds shards already, not of this command; give a new folder")
-    with locked(out, "conversion"):
+    with _failing(out), locked(out, "conversion"):
         _check_begun(out, begun)
         if not (out / "manifest" / "settings.json").exists():
             write_json(out / "manifest" / "settings.json", begun)
@@ -99,13 +101,12 @@ def convert_raw(
             markup=False,
         )
         if left:
-            with ray_session(verbose) as resources, _failing(out):
+            with ray_session(verbose) as resources:
                 try:
                     _convert(left, out, settings, verify, max(1, int(resources.get("CPU", 1))), console)
                 finally:
                     clear_leftovers(out)
-        with _failing(out):
-            manifest = _finish(units, out, begun)
+        manifest = _finish(units, out, begun)
     _report(manifest, out, console)
     return manifest
 
@@ -163,9 +164,12 @@ def _failing(out: Path) -> Iterator[None]:
     """What the storage says, as a message."""
     try:
         yield
+    except ConnectionError:  # Ray's
+        raise
     except OSError as error:
-        full = "no space is left there; free some" if error.errno in _FULL else "the storage failed"
-        raise ConvertFailed(f"{out}: {full} ({error.strerror or error}). What is written is whole") from error
+        what = "no space is left there; free some" if error.errno in _FULL else "it cannot be read or written"
+        where = error.filename if error.filename and error.errno not in _FULL else out
+        raise ConvertFailed(f"{where}: {what} ({error.strerror or error}). What is written is whole") from error
 
 
 def _convert(units: Sequence[Unit], out: Path, settings: Settings, verify: bool, cpus: int, console: Console) -> None:

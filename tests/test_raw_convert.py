@@ -281,6 +281,7 @@ def test_the_command(raw, tmp_path):
         (["raw", "--size", "s9=3"], "no sensor 's9'"),
         (["raw", "S2L1C=s2_toa", "--s2-offset", "0"], "--s2-offset is for the raw layout"),
         (["raw", "--out", "full"], "holds shards already"),
+        (["raw", "--out", "full/example-000000.tar/out"], "is a file; give a folder"),
         (["moved"], "not one of the first"),
     ],
 )
