@@ -149,6 +149,8 @@ def _reduced(function: Any, arguments: Any) -> object:
     storage, first, shape, strides, gradient, hooks = arguments
     if type(storage) is not _Storage or type(gradient) is not bool or hooks is not _NO_HOOKS:
         raise PthError("its pickle describes no plain tensor")
+    if gradient and storage.dtype.kind != "f":
+        raise PthError(f"its pickle wants a gradient of {storage.dtype} numbers")
     layout = Layout(storage.dtype, storage.key, storage.count, _number(first), _numbers(shape), _numbers(strides))
     if len(layout.shape) != len(layout.strides):
         raise PthError(f"its pickle gives {len(layout.strides)} strides for {len(layout.shape)} axes")

@@ -24,6 +24,7 @@ STORED, DEFLATED = 0, 8
 _DESCRIBED_LATER = 1 << 3  # checksum and sizes follow the content; the header in front of it may leave them zero
 _DESCRIPTOR, _WIDE_DESCRIPTOR = 16, 24  # bytes that these then take
 _FLAGS = _DESCRIBED_LATER | 1 << 1 | 1 << 2 | 1 << 11  # and: degrees of compression, names in UTF-8
+_FOLDER = 1 << 4  # of the attributes of DOS
 _END = struct.Struct("<4s4H2IH")
 _WIDE_LOCATOR = struct.Struct("<4sIQI")
 _WIDE_END = struct.Struct("<4sQ2H2I4Q")
@@ -116,6 +117,8 @@ def directory(file: PthFile) -> dict[bytes, Entry]:
     for (at, name, flags, method, crc, stored, size), limit in zip(
         entries, [*(at for at, *_ in entries[1:]), start], strict=True
     ):
+        if flags & ~_FLAGS or method not in (STORED, DEFLATED) or (method == STORED and stored != size):
+            raise PthError(f"{shown(name)} is encrypted or packed in a way that is not read")
         if at + _LOCAL.size + len(name) + stored > limit:
             raise PthError(f"{shown(name)} overlaps what follows it in the zip")
         found[name] = Entry(at, name, flags, method, crc, stored, size, limit)
@@ -132,7 +135,7 @@ def _entries(directory: bytes, count: int) -> list[tuple[int, bytes, int, int, i
     for _ in range(count):
         if at + _CENTRAL.size > len(directory):
             break
-        (signature, _, _, flags, method, _, _, crc, stored, size, names, extras, comments, disk, _, _, header) = (
+        (signature, _, _, flags, method, _, _, crc, stored, size, names, extras, comments, disk, _, kind, header) = (
             _CENTRAL.unpack_from(directory, at)
         )
         name_at = at + _CENTRAL.size
@@ -140,6 +143,8 @@ def _entries(directory: bytes, count: int) -> list[tuple[int, bytes, int, int, i
         at = extra_at + extras + comments
         if signature != b"PK\1\2" or at > len(directory) or disk:
             break
+        if kind & _FOLDER and size:  # torch would not read it, and give what happens to be in memory
+            raise PthError(f"{shown(directory[name_at:extra_at])} is marked as a folder")
         if extras:
             size, stored, header = _widened(directory[extra_at : extra_at + extras], (size, stored, header))
         entries.append((header, directory[name_at:extra_at], flags, method, crc, stored, size))
@@ -193,8 +198,6 @@ def content_start(file: PthFile, entry: Entry) -> int:
     same = (crc, stored, size) == (entry.crc, entry.stored, entry.size)
     if not same and not (described and (crc, stored, size) == (0, 0, 0)):
         raise PthError(f"{name} has a zip header that does not match the directory's")
-    if flags & ~_FLAGS or method not in (STORED, DEFLATED) or (method == STORED and entry.stored != entry.size):
-        raise PthError(f"{name} is encrypted or packed in a way that is not read")
     start = entry.at + len(head) + extra_length
     # No gap up to the next entry: a damaged length of the extra field would move the numbers, and no one would notice.
     descriptor = 0 if not described else _DESCRIPTOR if _wide_fields(extra) is None else _WIDE_DESCRIPTOR

@@ -188,11 +188,14 @@ def _headers(read: Read, size: int) -> Iterator[_Header]:
         _Truncated, _Damaged: there is no going on.
     """
     at = 0
-    everywhere: dict[str, str] = {}  # what pax records say of all that follows,
-    own: dict[str, str] = {}  # and what extra headers say of the next member
+    everywhere: dict[str, str] = {}  # what pax records say of all that follows
+    own: dict[str, str] = {}  # what extra headers say of the next member,
+    announced = False  # and that there must be one
     for _ in range(_MOST_HEADERS):
         block = _bytes(read, size, at, _BLOCK)
         if not block.strip(b"\0"):
+            if announced:
+                raise _Damaged(f"a member was announced, but the archive ends at byte {at}")
             return _check_end(read, size, at)
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -209,11 +212,11 @@ def _headers(read: Read, size: int) -> Iterator[_Header]:
                 own["path"] = body.partition(b"\0")[0].decode("utf-8", "surrogateescape")
             elif info.type != _GNU_LINK:
                 (everywhere if info.type == _PAX_GLOBAL else own).update(_pax(body, at))
-            at = content + _rounded(info.size)
+            at, announced = content + _rounded(info.size), True
             continue
         header = _member(read, size, block, info, content, everywhere | own)
         yield header
-        at, own = header.next, {}
+        at, own, announced = header.next, {}, False
     raise _Damaged(f"more than {_MOST_HEADERS} headers, up to byte {at}")
 
 

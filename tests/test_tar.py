@@ -258,6 +258,15 @@ def test_headers_that_only_announce_do_not_go_on_for_ever(kind):
     assert (members, problems[0].reason) == ([], "truncated_tar")
 
 
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_a_member_that_is_announced_and_does_not_come_is_reported(kind):
+    body = b"a.b" if kind in b"LK" else b"12 path=a.b\n"
+    header = change_header(tar_of({"pax": body}), 0, type=kind)[: 2 * BLOCK]
+    members, problems = walked(tar_of({"one.json": b""})[:BLOCK] + header + bytes(2 * BLOCK))
+    assert len(members) == 1
+    assert [p.reason for p in problems] == ["damaged_tar"]
+
+
 def test_the_number_of_headers_is_bounded(monkeypatch):
     monkeypatch.setattr("copernicus.datasets.tar._MOST_HEADERS", 1000)
     header = change_header(tar_of({"a.folder/": b""})[:BLOCK], 0, type=b"5")
