@@ -181,7 +181,7 @@ class DrawReader:
         if any(choice.where.files for choice in choices.values()):
             loaded = _load_raw(grid, choices, sample.problems, self.s2_offset)
         else:
-            loaded = _load_shard(grid, choices, sample.problems)
+            loaded = load_shard(grid, choices, sample.problems)
         for index, image_CHW in loaded.items():
             choice = choices[index]
             sensor = choice.sensor
@@ -209,7 +209,7 @@ class DrawReader:
         return lon, lat, float("nan") if days is None else days, area
 
 
-def _load_shard(grid: GridEntry, choices: Mapping[int, Choice], problems: list[Problem]) -> dict[int, np.ndarray]:
+def load_shard(grid: GridEntry, choices: Mapping[int, Choice], problems: list[Problem]) -> dict[int, np.ndarray]:
     """The chosen rows of each image, (C, rows, W) as stored."""
     images: dict[int, np.ndarray] = {}
     try:
@@ -244,7 +244,7 @@ def _load_shard(grid: GridEntry, choices: Mapping[int, Choice], problems: list[P
 def _load_raw(
     grid: GridEntry, choices: Mapping[int, Choice], problems: list[Problem], s2_offset: str
 ) -> dict[int, np.ndarray]:
-    """As `_load_shard`, from the raw layout's files."""
+    """As `load_shard`, from the raw layout's files."""
     images: dict[int, np.ndarray] = {}
     for index, choice in choices.items():
         name, size = choice.where.files[choice.number], choice.where.shape[-1]

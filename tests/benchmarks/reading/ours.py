@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from reading.work import Work
 
-from copernicus.datasets.order import Order, generator
+from copernicus.datasets.index import GridEntry, GridIndex, index_shards
+from copernicus.datasets.order import Order
 from copernicus.datasets.sensors import SENSORS
-from copernicus.datasets.shards import LEADING_AXES
-from copernicus.datasets.slices import DrawReader, GridIndex, collate, decode_member, index_shards
-from copernicus.platform.stream import batches
+from copernicus.datasets.shards import Problem
+from copernicus.datasets.slices import DrawReader, load_shard
+from copernicus.platform.stream import batches, on_device, tensors
 
 SAMPLES = 30_000  # of an endless stream: more than a window can take
 
@@ -38,54 +39,55 @@ def prepare(work: Work) -> None:
 
 
 def index(work: Work) -> GridIndex:
-    return index_shards(work.shards, list(work.sizes))
+    return index_shards(list(work.shards))
 
 
 def stream(work: Work, index: GridIndex) -> Iterator[int]:
-    sensors = tuple(SENSORS[name] for name in work.sizes)
-    epochs = 1 if work.once else -(-SAMPLES // len(index.grids))
-    order = Order(len(index.grids), epochs=epochs)
+    epochs = 1 if work.once else -(-SAMPLES // len(index))
+    order = Order(len(index), epochs=epochs)
+    reader = DrawReader(tuple(SENSORS[name] for name in work.sizes), work.sizes)
     if work.task == "slices":
-        return _slices(work, index, order)
-    reader = DrawReader(sensors, work.sizes)
+        return _slices(index, order, reader)
     return _with_ray(work, index, order, reader) if work.workers else _in_process(work, index, order, reader)
 
 
-def _slices(work: Work, index: GridIndex, order: Order) -> Iterator[int]:
-    """Patch and date of every sensor, whole images. Kept until the next one, as a consumer would."""
-    assert not work.workers
-    for position in range(order.samples):
-        epoch, draw, number = order.locate(position)
-        grid = index.grids[number]
-        used = {}
-        with open(grid.shard, "rb") as shard:
-            for name in work.sizes:
-                offset, size = grid.members[name]
-                shard.seek(offset)
-                array = decode_member(shard.read(size), SENSORS[name])
-                rng = generator("slice", epoch, draw, grid.key, name)
-                at = tuple(int(rng.integers(n)) for n in array.shape[: len(LEADING_AXES[name])])
-                used[name] = array[at].clone() if at else array
-        yield 1
+def _slices(index: GridIndex, order: Order, reader: DrawReader) -> Iterator[int]:
+    """Patch and date of every sensor, the rows that the crop needs. Kept until the next one, as a consumer would."""
+    for _, places in _blocks(index, order, 16):
+        for grid, epoch, draw in places:
+            problems: list[Problem] = []
+            used = load_shard(grid, reader.choose(grid, epoch, draw), problems)
+            assert len(used) == len(reader.sensors), problems
+            yield 1
 
 
 def _in_process(work: Work, index: GridIndex, order: Order, reader: DrawReader) -> Iterator[int]:
-    for first in range(0, order.samples, work.batch_size):
-        places = [order.locate(p) for p in range(first, min(first + work.batch_size, order.samples))]
-        columns = collate([reader.read(index.grids[grid], epoch, draw) for epoch, draw, grid in places], reader.sensors)
-        _tensors(columns)
-        yield len(places)
+    for count, places in _blocks(index, order, work.batch_size):
+        _tensors(reader.batch(places))
+        yield count
+
+
+def _blocks(index: GridIndex, order: Order, size: int) -> Iterator[tuple[int, list[tuple[GridEntry, int, int]]]]:
+    for first in range(0, order.samples, size):
+        places = [order.locate(p) for p in range(first, min(first + size, order.samples))]
+        entries = index.entries(grid for _, _, grid in places)
+        yield len(places), [(e, epoch, draw) for e, (epoch, draw, _) in zip(entries, places, strict=True)]
 
 
 def _with_ray(work: Work, index: GridIndex, order: Order, reader: DrawReader) -> Iterator[int]:
     import ray
 
-    for columns in batches(ray.put(index), order, reader, work.batch_size, 0, 1, data_cpus=work.workers):
-        _tensors({k: np.array(v) for k, v in columns.items()})  # Ray's are read-only; the training loop copies them too
+    stream = batches(ray.put(index), order, reader, work.batch_size, 0, 1, data_cpus=work.workers)
+    for columns, _ in on_device(stream, torch.device("cpu")):
+        _check(columns)
         yield int((columns["key"] != "").sum())
 
 
-def _tensors(columns: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+def _check(columns: dict[str, np.ndarray]) -> None:
     problems = [p for p in columns["problems"] if p != "[]"]
     assert not problems, problems[0]
-    return {k: torch.from_numpy(v) for k, v in columns.items() if k not in ("key", "problems")}
+
+
+def _tensors(columns: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    _check(columns)
+    return tensors(columns, torch.device("cpu"))
