@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -306,15 +307,15 @@ class ChangedError(OSError):
 def _unchanged(uri: str, stamp: Stamp) -> File:
     """The shard, if it is still the one that was indexed: offsets into another would give wrong numbers in silence.
 
-    A local file is looked at for every draw (microseconds), a remote one once by each process.
+    A local file is looked at for every draw (microseconds), a remote one every ten minutes by each process.
     """
     file = open_file(uri)
-    found = file.stamp() if "://" not in uri else _remote_stamp(uri)
+    found = file.stamp() if "://" not in uri else _remote_stamp(uri, int(time.monotonic() // 600))
     if found != stamp:
         raise ChangedError(f"it has changed since it was indexed: {found} now, {stamp} then")
     return file
 
 
 @functools.lru_cache(maxsize=4096)
-def _remote_stamp(uri: str) -> Stamp:
+def _remote_stamp(uri: str, period: int) -> Stamp:
     return open_file(uri).stamp()
