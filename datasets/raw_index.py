@@ -13,6 +13,10 @@ import json
 import math
 from collections.abc import Mapping
 
+import rasterio
+import rasterio.errors
+
+from copernicus.datasets.baseline import known_offset
 from copernicus.datasets.raw import RawLayout
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import LEADING_AXES, STORED_DTYPE, Problem, grid_center
@@ -32,6 +36,23 @@ def survey_layout(layout: RawLayout, sizes: Mapping[str, int] | None = None, see
     # What the images are resampled to and which dates are repeated belong to what the data are.
     version = hashlib.sha256(json.dumps([layout.digest, sorted((sizes or {}).items()), seed]).encode()).hexdigest()[:16]
     return ShardSurvey(str(layout.folder), Stamp(0, version), grids, [])
+
+
+def unknown_offsets(layout: RawLayout, most: int = 32) -> tuple[int, int]:
+    """(of how many Sentinel-2 images the metadata do not tell the radiometric offset, images looked at): one image each
+    of up to ``most`` grids, evenly spread."""
+    keys = layout.keys[:: max(1, len(layout.keys) // most)][:most]
+    looked = unknown = 0
+    for key in keys:
+        for image in (i for patch in layout.grid(key).images.get("s2_toa", ())[:1] for i in patch[:1]):
+            try:
+                with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(layout.locate(image)) as tif:
+                    tags = tif.tags()
+            except rasterio.errors.RasterioError:
+                continue  # named when it is drawn
+            looked += 1
+            unknown += known_offset(layout.locate(image).name, tags) is None
+    return unknown, looked
 
 
 def _grid(layout: RawLayout, key: str, sizes: Mapping[str, int], seed: int) -> GridSurvey:

@@ -25,8 +25,8 @@ import torch
 from copernicus.datasets.expand import expand
 from copernicus.datasets.index import GridIndex, from_surveys
 from copernicus.datasets.order import Coverage, Order, generator
-from copernicus.datasets.raw import read_layout
-from copernicus.datasets.raw_index import survey_layout
+from copernicus.datasets.raw import RawLayout, read_layout
+from copernicus.datasets.raw_index import survey_layout, unknown_offsets
 from copernicus.datasets.sensors import SENSORS, InputError, Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
@@ -66,6 +66,7 @@ class Plan:
     problems: tuple[Problem, ...]  # found while indexing
     grids_seen: int  # usable or not
     whole_epoch: tuple[int, int] = (0, 0)  # see Coverage.expected
+    warning: str = ""  # about the data as a whole
 
     @property
     def steps_per_epoch(self) -> float:
@@ -379,8 +380,11 @@ def pretrain(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    warning = ""
     if settings.geotiffs:
-        whole = from_surveys([survey_layout(read_layout(settings.geotiffs))])
+        layout = read_layout(settings.geotiffs)
+        whole = from_surveys([survey_layout(layout)])
+        warning = offset_warning(layout, settings)
     else:
         whole = open_index(expand(settings.shards), settings.index, folder.parent / "index", on_index)
     index = whole.having(settings.sensors, settings.require)
@@ -398,6 +402,7 @@ def pretrain(
         problems=whole.problems,
         grids_seen=whole.grids_seen,
         whole_epoch=Coverage.expected(train.keys, settings.draws_per_grid),
+        warning=warning,
     )
     plan.reader(augment=True)  # sizes are checked here, not on a worker
     if (share := bad / plan.grids_seen) > settings.max_skipped:
@@ -442,6 +447,19 @@ def pretrain(
     skipped = tuple(Problem(*fields) for fields in saved["problems"])
     metrics = {k: v for k, v in (result.metrics or {}).items() if isinstance(v, float)}
     return PretrainResult(checkpoint, saved["step"], saved["samples_seen"], metrics, skipped)
+
+
+def offset_warning(layout: RawLayout, settings: Pretrain) -> str:
+    """What the user must know of Sentinel-2's radiometric offset, which is never guessed; empty where all is known."""
+    if settings.s2_offset != "auto" or "s2_toa" not in settings.sensors:
+        return ""
+    unknown, looked = unknown_offsets(layout)
+    if not unknown:
+        return ""
+    return (
+        f"of {looked} Sentinel-2 images looked at, {unknown} do not tell their processing baseline: such images are taken "
+        "as they are. If they are of baseline 04.00 or later set pretrain.s2_offset=-1000, if of an earlier one 0"
+    )
 
 
 def check_resources(settings: Pretrain, available: dict[str, float]) -> None:

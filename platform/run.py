@@ -28,6 +28,8 @@ from copernicus.platform.leaderboard import Leaderboard
 from copernicus.platform.session import ray_session
 from copernicus.platform.tracking import Run, Tracker, git_commit, mask
 
+MOST_SHOWN = 20
+
 
 class State:
     """What an experiment has done so far, kept in ``state.json``."""
@@ -213,8 +215,12 @@ def _pretrain(
             f"  {len(train)} grids to train on, {len(held_out)} held out, {len(plan.sensors)} sensors, "
             f"{settings.workers} workers, global batch {settings.batch_size}"
         )
-        for problem in plan.problems:
+        if plan.warning:
+            console.print(f"  [yellow]warning[/] {plan.warning}", soft_wrap=True)
+        for problem in plan.problems[:MOST_SHOWN]:
             console.print(f"  [yellow]skipped[/] {problem}")
+        if len(plan.problems) > MOST_SHOWN:
+            console.print(f"  ... and {len(plan.problems) - MOST_SHOWN} more: skipped.txt will name them all")
 
     with contextlib.nullcontext() if single else run.ending():
         with progress_bar(console, "training") as update:

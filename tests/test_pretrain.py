@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -13,7 +14,9 @@ import pytest
 import torch
 from conftest import SIZES, make_grid
 
+from copernicus.datasets.miniature.raw import write_raw
 from copernicus.datasets.order import Order
+from copernicus.datasets.raw import read_layout
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import write_shards
 from copernicus.models import create_model, load_weights
@@ -213,3 +216,19 @@ def test_sensors_can_be_chosen(ray, tmp_path):
     result, rows = run(chosen, tmp_path / "run")
     assert {k for k in rows[-1][1] if k.startswith("train/loss_")} == {"train/loss_dem", "train/loss_s1_grd"}
     assert result.steps == 1
+
+
+@pytest.mark.parametrize(("baseline", "warned"), [(None, True), ("05.09", False)])
+def test_raw_geotiffs_train_and_an_unknown_offset_is_said(ray, tmp_path, baseline, warned):
+    write_raw(tmp_path / "raw", 6, s2_baseline=baseline)
+    sensors = ["s2_toa", "dem", "s5p_no2"]
+    chosen = settings(tmp_path, sensors=sensors, epochs=1, val_fraction=0.0, batch_size=2)
+    chosen = dataclasses.replace(chosen, shards=[], geotiffs=str(tmp_path / "raw"))
+    plans = []
+    result = pretrain(
+        chosen, 0, tmp_path / "run", lambda *_: None, lambda *_: None, lambda plan, *_: plans.append(plan)
+    )
+    layout = read_layout(tmp_path / "raw")
+    assert result.skipped == ()
+    assert result.samples == sum(bool(set(sensors) & set(layout.grid(key).images)) for key in layout.keys)
+    assert ("do not tell their processing baseline" in plans[0].warning) == warned

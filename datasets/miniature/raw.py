@@ -87,7 +87,7 @@ def _write(
             if s2_baseline is not None:
                 tags = {"PROCESSING_BASELINE": s2_baseline}
                 offset = known_offset("", tags) or 0
-                image_CHW = np.where(image_CHW > 0, image_CHW - offset, 0).astype(np.uint16)
+                image_CHW = np.where(image_CHW > 0, image_CHW.astype(np.int32) - offset, 0).astype(np.uint16)
         directory = "/".join([_FOLDERS[sensor], *name.split("/")[: 2 if "patch" in LEADING_AXES[sensor] else 1]])
         path = f"{directory}/{_file_name(sensor, date)}"
         gsd = SENSORS[sensor].gsd_m
