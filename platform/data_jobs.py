@@ -10,20 +10,26 @@ from rich.table import Table
 
 from copernicus.datasets.expand import expand
 from copernicus.datasets.index import GridIndex, default_path, to_index
-from copernicus.datasets.sensors import SENSORS
+from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.platform.indexing import update_index
 from copernicus.platform.run import progress_bar
 from copernicus.platform.session import ray_session
 
 SHOWN = 10
+READ_ONLY = ("hf://", "http://", "https://")
 
 
 def index_command(shards: Sequence[str], out: str | None, fresh: bool, console: Console) -> None:
     """Index the shards and say what they hold."""
     uris = expand(shards)
     path = out or default_path(uris)
-    with ray_session(), progress_bar(console, "indexing") as update:
-        table = update_index(uris, path, update, fresh)
+    if path.startswith(READ_ONLY):
+        raise InputError(f"{path.partition('://')[0]}:// can only be read: say where the index goes, --out FILE")
+    try:
+        with ray_session(), progress_bar(console, "indexing") as update:
+            table = update_index(uris, path, update, fresh)
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); say --out FILE") from None
     index = to_index(table)
     console.print(summary(index))
     print_problems(index, console)

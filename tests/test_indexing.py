@@ -15,7 +15,7 @@ from test_run import command, copernicus
 
 from copernicus.datasets.expand import expand
 from copernicus.datasets.index import index_shards, read_index, stamps, to_index
-from copernicus.datasets.sensors import SENSORS
+from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import write_shard, write_shards
 from copernicus.platform.indexing import open_index, update_index
 from copernicus.platform.session import ray_session
@@ -62,6 +62,16 @@ def test_what_is_wrong_with_the_input_leaves_nothing(tmp_path):
     assert "is not an index" in copernicus(tmp_path, "data", "index", "a", "--out", "other.parquet", code=2)
     assert (tmp_path / "other.parquet").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", *["example-000000.tar"] * 2, "other.parquet"]
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_anything_is_read(monkeypatch):
+    from rich.console import Console
+
+    from copernicus.platform import data_jobs
+
+    monkeypatch.setattr(data_jobs, "expand", lambda shards: ["hf://datasets/a/b/x.tar"])
+    with pytest.raises(InputError, match=r"hf:// can only be read.*--out"):
+        data_jobs.index_command(["hf://datasets/a/b"], None, False, Console())
 
 
 def test_only_what_changed_is_read_again(ray, tmp_path):
