@@ -117,8 +117,10 @@ def directory(file: PthFile) -> dict[bytes, Entry]:
     for (at, name, flags, method, crc, stored, size), limit in zip(
         entries, [*(at for at, *_ in entries[1:]), start], strict=True
     ):
-        if flags & ~_FLAGS or method not in (STORED, DEFLATED) or (method == STORED and stored != size):
+        if flags & ~_FLAGS or method not in (STORED, DEFLATED):
             raise PthError(f"{shown(name)} is encrypted or packed in a way that is not read")
+        if method == STORED and stored != size:
+            raise PthError(f"{shown(name)} is announced as {size} bytes, but {stored} are stored")
         if at + _LOCAL.size + len(name) + stored > limit:
             raise PthError(f"{shown(name)} overlaps what follows it in the zip")
         found[name] = Entry(at, name, flags, method, crc, stored, size, limit)

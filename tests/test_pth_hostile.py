@@ -320,12 +320,12 @@ PLAIN = rezipped(GOOD)
         ({"method": 9}, "encrypted or packed"),
         ({"method": 14}, "encrypted or packed"),
         ({"method": 8}, "inflate"),
-        ({"size": 47}, "bytes of them"),
-        ({"size": 49}, "bytes of them"),
-        ({"stored": 47}, "packed"),
-        ({"stored": 2000}, "overlaps"),
-        ({"stored": 0xFFFFFFFF}, "overlaps"),
-        ({"size": 0xFFFFFFFF}, "bytes of them"),
+        ({"size": 47}, "47 bytes, but 48 are stored"),
+        ({"stored": 47}, "48 bytes, but 47 are stored"),
+        ({"size": 0xFFFFFFFF}, "are stored"),
+        ({"size": 47, "stored": 47}, "bytes of them"),
+        ({"size": 49, "stored": 49}, "overlaps"),
+        ({"size": 0xFFFFFFFF, "stored": 0xFFFFFFFF}, "overlaps"),
         ({"crc": 0}, "checksum"),
     ],
 )
@@ -334,6 +334,13 @@ def test_forged_entries_of_the_numbers(fields, message):
         read_tensor(reader(forged(PLAIN, "archive/data/0", **fields)), 0, len(PLAIN))
     with pytest.raises(PthError):
         read_tensor(reader(forged(PLAIN, "archive/data/0", both=False, **fields)), 0, len(PLAIN))
+
+
+def test_numbers_that_are_marked_as_a_folder_are_refused():
+    """torch takes no bytes for such an entry and gives a tensor of whatever is in memory."""
+    changed = bytearray(PLAIN)
+    changed[entries(PLAIN)["archive/data/0"] + 38] |= 1 << 4
+    assert "folder" in str(refused(bytes(changed)))
 
 
 def test_an_entry_that_points_at_another_is_refused():
