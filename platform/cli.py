@@ -170,6 +170,31 @@ def index(
 
 
 @data.command()
+def verify(
+    shards: Annotated[list[str], typer.Argument(help="Brace patterns, folders, globs; local, s3://, gs://, hf://.")],
+    out: Annotated[str, typer.Option(help="The report, a parquet file.")] = "verify.parquet",
+) -> None:
+    """Read every member of the shards whole and check it. Resumes. Exit code 1 where there are faults."""
+    from copernicus.platform.data_jobs import verify_command
+
+    if faulty := verify_command(shards, out, console()):
+        _complain(f"faults in {faulty} of the report's rows: {out}, where `ok` is false")
+        raise typer.Exit(1)
+
+
+@data.command(context_settings={"ignore_unknown_options": True})
+def show(
+    grid: Annotated[str, typer.Argument(help="Its seven digits, or LON,LAT.")],
+    shards: Annotated[list[str], typer.Argument(help="Brace patterns, folders, globs; local, s3://, gs://, hf://.")],
+    out: Annotated[Path | None, typer.Option(help="The picture (GRID.png).")] = None,
+) -> None:
+    """Draw all sensors, places and dates of one grid in one PNG."""
+    from copernicus.platform.data_jobs import show_command
+
+    show_command(grid, shards, out, console())
+
+
+@data.command()
 def convert(
     folder: Annotated[
         Path, typer.Argument(help="The raw layout (fnames*.json.gz or *.tar.zst), or a folder of GeoTIFFs a sensor.")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from copernicus.datasets.expand import expand
 from copernicus.datasets.index import GridIndex, default_path, to_index
+from copernicus.datasets.lookup import find_grid, parse_grid
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.platform.indexing import update_index
 from copernicus.platform.run import progress_bar
 from copernicus.platform.session import ray_session
+from copernicus.platform.verifying import NAMES, REST, Summary, check_place, verify_shards
 
 SHOWN = 10
 READ_ONLY = ("hf://", "http://", "https://")
@@ -75,3 +79,66 @@ def print_problems(index: GridIndex, console: Console) -> None:
         console.print(f"  {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     if len(index.problems) > SHOWN:
         console.print(f"  ... and {len(index.problems) - SHOWN} more: column `problems` of the index")
+
+
+def verify_command(shards: Sequence[str], out: str, console: Console) -> int:
+    """Read everything in the shards, print what it comes to and return the number of rows with a fault."""
+    uris = expand(shards)
+    check_place(out)
+    with ray_session(), progress_bar(console, "verifying") as update:
+        summary = verify_shards(uris, out, update)
+    console.print(by_sensor(summary))
+    if summary.faults or summary.notes:
+        console.print(by_reason(summary))
+    console.print(f"Report, a row a member: {out}", highlight=False, markup=False, soft_wrap=True)
+    return summary.faulty
+
+
+def by_sensor(summary: Summary) -> Table:
+    """Members by sensor: how many are sound, and what values they hold."""
+    table = Table(title=f"{summary.grids} grids in {summary.shards} shards")
+    for column in ("sensor", "members", "ok", "faults", "notes", "finite", "values as stored"):
+        table.add_column(column, justify="left" if column in ("sensor", "values as stored") else "right")
+    for name, tally in summary.sensors.items():
+        if name == NAMES:
+            table.add_section()
+        if name == REST and not tally.members:
+            continue
+        table.add_row(
+            name, f"{tally.members}", f"{tally.members - tally.faulty}",
+            f"[red]{tally.faulty}[/]" if tally.faulty else "0", f"{tally.noted}",
+            "" if tally.finite is None else f"{tally.finite:.1%}",
+            f"{tally.low:.4g} .. {tally.high:.4g}" if tally.low <= tally.high else "",
+        )  # fmt: skip
+    return table
+
+
+def by_reason(summary: Summary) -> Table:
+    """How many of each fault and of each note, and the first ones by name."""
+    table = Table(show_lines=False)
+    table.add_column("reason")
+    table.add_column("rows", justify="right")
+    table.add_column("the first of them", overflow="fold")
+    for counts, style in ((summary.faults, "red"), (summary.notes, "yellow")):
+        for reason, count in counts.most_common():
+            named = [f"{place}  {said}" for place, said in summary.first[reason]]
+            more = [f"... and {count - len(named)} more"] if count > len(named) else []
+            table.add_row(f"[{style}]{reason}[/]", f"{count}", escape("\n".join([*named, *more])))
+        table.add_section()
+    return table
+
+
+def show_command(grid: str, shards: Sequence[str], out: Path | None, console: Console) -> None:
+    """Draw one grid of the shards."""
+    key = parse_grid(grid)
+    out = out or Path(f"{key}.png")
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise InputError(f"--out {out}: name a file in a folder that exists, such as {key}.png")
+    uris = expand(shards)
+    with progress_bar(console, "looking for it") as update:
+        uri, found = find_grid(key, uris, update)
+    from copernicus.platform.show import draw_grid
+
+    for problem in draw_grid(uri, found, out):
+        console.print(problem, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Grid {key} of {uri}: look at {out}", highlight=False, markup=False, soft_wrap=True)
