@@ -1,0 +1,140 @@
+"""A job over many shards as Ray Data tasks: what is done of a shard is kept until all is, so that an interrupted job goes
+on where it stopped."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from copernicus.datasets.index import current_stamp
+from copernicus.datasets.storage import Stamp
+
+Report = Callable[[float, float, str], None]
+"""Called with shards done, shards in all, and a note."""
+
+
+class Parts:
+    """One parquet file a shard, in a folder next to what they will make: on the driver's disk, and for a ``path`` in a
+    store in the working directory.
+
+    Args:
+        path: of what the parts will make.
+        work: a shard's URI -> its rows, on a worker; a function that a worker can import.
+        stamp: (rows, URI) -> the stamp of the shard when it was read, None where another reading might find more.
+        problems: how many a shard's rows tell of, for the progress bar.
+        readers_per_cpu: of shards in an object store; whoever waits for answers leaves the processor to others.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        work: Callable[[str], pa.Table],
+        stamp: Callable[[pa.Table, str], Stamp | None],
+        problems: Callable[[pa.Table], int],
+        readers_per_cpu: int,
+    ):
+        remote = "://" in path
+        short = hashlib.sha256(path.encode()).hexdigest()[:12]
+        self.folder = Path(f".{path.rpartition('/')[2]}-{short}.parts" if remote else f"{path}.parts")
+        self._work, self._stamp, self._problems = work, stamp, problems
+        self._readers_per_cpu = readers_per_cpu
+
+    def path(self, uri: str) -> Path:
+        """Of one shard's part."""
+        return self.folder / f"{hashlib.sha256(uri.encode()).hexdigest()[:24]}.parquet"
+
+    def make(self, shards: Sequence[str], report: Report, before: int = 0) -> None:
+        """Make the parts of these shards, but for those that an interrupted job left and whose shard has not changed.
+
+        Args:
+            report: told of ``before`` more shards, which are done already.
+
+        Raises:
+            OSError: a part cannot be written; those that are there are kept.
+        """
+        left = [uri for uri in shards if self.path(uri).is_file()]
+        now = dict(zip(left, current_stamps(left), strict=True))
+        done, problems = before, 0
+        todo = []
+        for uri in shards:
+            kept = _readable(self.path(uri)) if now.get(uri) is not None else None
+            if kept is None or self._stamp(kept, uri) != now[uri]:
+                todo.append(uri)
+                continue
+            done += 1
+            problems += self._problems(kept)
+        total = before + len(shards)
+        report(done, total, _said(problems))
+        if not todo:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for uri, data in self._read(todo):
+            _write_atomically(self.path(uri), data)
+            done += 1
+            problems += self._problems(pq.read_table(io.BytesIO(data)))
+            report(done, total, _said(problems))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Each shard's part, in any order."""
+        import ray
+
+        from copernicus.platform.stream import quiet_context
+
+        quiet_context()
+        remote = any("://" in uri for uri in uris)
+        dataset = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=len(uris)).map_batches(
+            functools.partial(_make, work=self._work),
+            batch_size=None,
+            num_cpus=1 / self._readers_per_cpu if remote else 1,
+        )
+        for row in dataset.iter_rows():
+            yield row["uri"], row["part"]
+
+
+def current_stamps(uris: Sequence[str]) -> list[Stamp | None]:
+    """Of the shards as they are now, asked for side by side; None where one cannot be read."""
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(current_stamp, uris))
+
+
+def _make(batch: dict[str, Any], work: Callable[[str], pa.Table]) -> dict[str, list[Any]]:
+    parts = []
+    for uri in batch["uri"]:
+        sink = io.BytesIO()
+        pq.write_table(work(str(uri)), sink, compression="zstd")
+        parts.append(sink.getvalue())
+    return {"uri": list(batch["uri"]), "part": parts}
+
+
+def _said(problems: int) -> str:
+    return f"{problems} problems" if problems else ""
+
+
+def _readable(part: Path) -> pa.Table | None:
+    """What an interrupted job left; a file that a power failure cut short counts as none."""
+    try:
+        return pq.read_table(part)
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
