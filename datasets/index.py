@@ -56,6 +56,10 @@ class GridEntry:
     sensors: dict[str, SensorAt]
 
 
+def _sensor(row: dict[str, Any]) -> SensorAt:
+    return SensorAt(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+
+
 @dataclass(frozen=True)
 class Shard:
     """A shard as it was when it was indexed."""
@@ -95,11 +99,7 @@ class GridIndex:
 
     def _entry(self, row: dict[str, Any]) -> GridEntry:
         shard = self.shards[row["shard"]]
-        sensors = {
-            name: SensorAt(**{k: tuple(v) if isinstance(v, list) else v for k, v in row[name].items()})
-            for name in SENSORS
-            if row[name] is not None
-        }
+        sensors = {name: _sensor(row[name]) for name in SENSORS if row[name] is not None}
         return GridEntry(row["grid"], shard.uri, shard.stamp, row["lon"], row["lat"], sensors)
 
     @property

@@ -110,6 +110,11 @@ class DrawReader:
                     f"{sensor.patch_kernel}"
                 )
 
+    @property
+    def row_bytes(self) -> int:
+        """Of a batch's row, but for keys and problems."""
+        return sum(column.nbytes for column in self._allocate(1)[0].values())
+
     def empty(self, key: str = "") -> Draw:
         """A sample with no sensor: the padding of a last batch, and what remains of a grid that cannot be read."""
         (sample,) = self._allocate(1)[1]

@@ -134,7 +134,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
-    from copernicus.platform.stream import batches, on_device
+    from copernicus.platform.stream import Share, batches, on_device
 
     plan: Plan = config["plan"]
     settings, mailbox = plan.settings, config["mailbox"]
@@ -171,11 +171,9 @@ def train_worker(config: dict[str, Any]) -> None:
     if step == 0:
         post(mailbox, rank, 0, evaluation(model, problems))
     started, first_step = time.monotonic(), step
-    trained, checkpointed = Coverage(), time.monotonic()
-    stream = batches(
-        config["index"], plan.order, plan.reader(augment=True), settings.batch_size, rank, world_size, step,
-        settings.data_cpus,
-    )  # fmt: skip
+    since, checkpointed = Coverage(), time.monotonic()
+    share = Share(config["index"], plan.order, plan.reader(augment=True), settings.batch_size, rank, world_size, step)
+    stream = batches(share, settings.data_cpus)
     for columns, batch in on_device(stream, device):
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(step)
@@ -203,12 +201,12 @@ def train_worker(config: dict[str, Any]) -> None:
             torch.nn.utils.clip_grad_norm_(loss_module.parameters(), settings.clip_grad_norm)
         optimizer.step()
         step += 1
-        trained.add(columns["epoch"], columns["key"])
+        since.add(columns["epoch"], columns["key"])
 
         if facts[2] > 0:
             for problem in (p for part in gather(new, world_size) for p in part):
                 problems.setdefault(str(problem), problem)
-        share = len({_grid_of(p) for p in problems.values()}) / plan.grids_seen
+        skipped = len({_grid_of(p) for p in problems.values()}) / plan.grids_seen
         sums, counts = facts[4 : 4 + len(plan.sensors)], facts[4 + len(plan.sensors) :]
         metrics = {"train/loss": (facts[1] / global_rows).item(), "train/lr": plan.learning_rate(step - 1)}
         metrics |= {
@@ -217,16 +215,16 @@ def train_worker(config: dict[str, Any]) -> None:
         metrics["train/samples_seen"] = min(step * settings.batch_size, plan.order.samples)
         metrics["train/epoch"] = metrics["train/samples_seen"] / plan.order.samples_per_epoch
         metrics["train/samples_per_s"] = (step - first_step) * settings.batch_size / (time.monotonic() - started)
-        metrics |= skipped_metrics(problems.values(), share)
+        metrics |= skipped_metrics(problems.values(), skipped)
         if not math.isfinite(metrics["train/loss"]):
             message = (
                 f"the loss became {metrics['train/loss']} at step {step}; lower pretrain.blr or set clip_grad_norm"
             )
             stop_run(mailbox, rank, message)
             return
-        if share > settings.max_skipped:
+        if skipped > settings.max_skipped:
             post(mailbox, rank, step, metrics, wait=True)
-            stop_run(mailbox, rank, too_many_skipped(list(problems.values()), share, settings.max_skipped))
+            stop_run(mailbox, rank, too_many_skipped(list(problems.values()), skipped, settings.max_skipped))
             return
 
         last = step == steps
@@ -234,9 +232,9 @@ def train_worker(config: dict[str, Any]) -> None:
             metrics |= evaluation(model, problems)
         saving = last or step in save_at or bool(facts[3] > 0)
         if saving:
-            for part in gather(trained, world_size):
+            for part in gather(since, world_size):
                 coverage.merge(part)
-            trained, checkpointed = Coverage(), time.monotonic()
+            since, checkpointed = Coverage(), time.monotonic()
             if (fault := uncovered(coverage, plan, step)) is not None:
                 stop_run(mailbox, rank, fault)
                 return

@@ -233,7 +233,7 @@ def _pretrain(
             try:
                 result: PretrainResult = pretrain(
                     settings, experiment.seed, experiment.folder, on_metrics, on_progress, on_plan,
-                    on_index=lambda done, total, note: update(done, total, note or "indexing shards"),
+                    on_index=lambda done, total, note: update(done, total, f"shards indexed {note}"),
                 )  # fmt: skip
             finally:
                 flush()

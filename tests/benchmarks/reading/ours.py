@@ -16,7 +16,7 @@ from copernicus.datasets.order import Order
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader, load_shard
-from copernicus.platform.stream import batches, on_device, tensors
+from copernicus.platform.stream import Share, batches, on_device, tensors
 
 SAMPLES = 30_000  # of an endless stream: more than a window can take
 
@@ -77,7 +77,7 @@ def _blocks(index: GridIndex, order: Order, size: int) -> Iterator[tuple[int, li
 def _with_ray(work: Work, index: GridIndex, order: Order, reader: DrawReader) -> Iterator[int]:
     import ray
 
-    stream = batches(ray.put(index), order, reader, work.batch_size, 0, 1, data_cpus=work.workers)
+    stream = batches(Share(ray.put(index), order, reader, work.batch_size, 0, 1), data_cpus=work.workers)
     for columns, _ in on_device(stream, torch.device("cpu")):
         _check(columns)
         yield int((columns["key"] != "").sum())
