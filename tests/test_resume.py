@@ -22,7 +22,7 @@ from copernicus.datasets.index import index_shards
 from copernicus.datasets.order import Coverage
 from copernicus.datasets.shards import write_shards
 
-EPOCHS, DRAWS, GRIDS = 24, 2, 24
+EPOCHS, DRAWS, GRIDS = 40, 2, 24
 FEW = "pretrain.sensors=[s2_toa,s5p_o3,dem]"  # a step costs less, and the ranks meet different sensors all the same
 
 
@@ -57,7 +57,7 @@ class Run:
             cwd=folder, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, "RAY_ADDRESS": address},
         )  # fmt: skip
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 500) -> int:
         code = self.process.wait(timeout=seconds)
         self.log.close()
         return code
@@ -99,7 +99,13 @@ def assert_each_epoch_was_trained_once(folder: Path, name: str, shards: Path) ->
 @pytest.mark.timeout(1200)
 def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids):
     rng = random.Random(int(time.time()))  # other moments each time
-    settings = (FEW, "pretrain.val_fraction=0", "pretrain.max_failures=9", "pretrain.checkpoint_minutes=0.02")
+    settings = (
+        FEW,
+        "pretrain.val_fraction=0",
+        "pretrain.max_failures=9",
+        "pretrain.checkpoint_minutes=0.05",
+        "pretrain.checkpoint_every=1000",
+    )
     with cluster() as nodes:
         whole = Run(tmp_path, pretraining(tmp_path, whole_grids, "whole"), nodes.address, *settings)
         assert whole.wait() == 0, (tmp_path / "whole.log").read_text()
@@ -139,7 +145,13 @@ def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids):
 @pytest.mark.timeout(900)
 def test_another_number_of_workers_goes_on_with_the_next_sample(tmp_path, whole_grids):
     """Two workers, killed; one, killed; two again. Sums over ranks round otherwise, so weights agree to tolerance."""
-    settings = (FEW, "pretrain.val_fraction=0", "pretrain.checkpoint_minutes=0.02", "pretrain.blr=0.001")
+    settings = (
+        FEW,
+        "pretrain.val_fraction=0",
+        "pretrain.checkpoint_minutes=0.05",
+        "pretrain.checkpoint_every=1000",
+        "pretrain.blr=0.001",
+    )
     with cluster() as nodes:
         whole = Run(tmp_path, pretraining(tmp_path, whole_grids, "whole"), nodes.address, *settings)
         assert whole.wait() == 0, (tmp_path / "whole.log").read_text()
