@@ -118,6 +118,7 @@ def test_a_vanished_shard_is_a_problem_by_name(ray, tmp_path):
     assert index.grids_seen == 3
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_where_it_stopped(tmp_path):
     folder = tmp_path / "shards"
     small_shards(folder, 150)
@@ -141,6 +142,7 @@ def test_killed_it_goes_on_where_it_stopped(tmp_path):
     assert pq.read_metadata(folder / "index.parquet").num_rows == 150
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_the_old_index(tmp_path):
     small_shards(tmp_path / "shards", 40)
     disk = tmp_path / "disk"

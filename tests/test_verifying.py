@@ -117,6 +117,7 @@ def test_the_summary_is_that_of_the_rows(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_where_it_stopped_and_reports_the_same(ray, tmp_path):
     paths = sound_shards(tmp_path / "shards", 120, 1, FEW)
     contents = members(paths[7])
@@ -168,6 +169,7 @@ def test_what_was_kept_of_a_shard_that_changed_is_not_used(ray, tmp_path):
     assert summary.faults == {"out_of_range": 1}
 
 
+@pytest.mark.slow
 def test_shards_and_report_in_an_object_store(tmp_path, s3):
     local = sound_shards(tmp_path / "shards", 4, 2)
     uris = s3.bucket.upload(tmp_path / "shards", "data/")
