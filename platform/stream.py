@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -190,9 +191,15 @@ def _arrived(
 
 
 def tensors(columns: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """The columns that the model takes."""
+    """The columns that the model takes. On the CPU images are not copied: they may lie in Ray's read-only memory, and
+    whoever takes them makes new ones, as `Sensor.normalize` does."""
     chosen = {k: v for k, v in columns.items() if k not in ("key", "problems", "epoch")}
     if device.type == "cuda":
-        return {k: torch.from_numpy(np.array(v)).pin_memory().to(device, non_blocking=True) for k, v in chosen.items()}
-    # Ray hands out read-only memory; a copy keeps torch from warning about it.
-    return {k: torch.from_numpy(np.array(v)) for k, v in chosen.items()}
+        return {k: _as_tensor(v).pin_memory().to(device, non_blocking=True) for k, v in chosen.items()}
+    return {k: _as_tensor(v) if k.startswith("x_") else torch.from_numpy(np.array(v)) for k, v in chosen.items()}
+
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of memory that is not to be written to
+        return torch.from_numpy(array)
