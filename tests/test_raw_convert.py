@@ -18,11 +18,11 @@ from conftest import RAW_SIZES
 
 from copernicus.datasets import raw_shards
 from copernicus.datasets.chunks import find_chunks
+from copernicus.datasets.index import index_shards
 from copernicus.datasets.miniature.raw import pack_chunks
 from copernicus.datasets.raw import read_layout
 from copernicus.datasets.raw_shards import Settings, chunk_units, convert_unit, finished, folder_units
 from copernicus.datasets.shards import shard_path, write_shard
-from copernicus.datasets.slices import index_shards
 
 SIZES = [f"--size={sensor}={side}" for sensor, side in RAW_SIZES.items()]
 SETTINGS = Settings(RAW_SIZES, grids_per_shard=2)
@@ -102,8 +102,8 @@ def test_blocks_become_the_miniatures_own_shards(raw, tmp_path):
         entry["images"]["s2_toa"] == entry["s2_offset_unknown"] == sum(2 * 4 for g in grids[:2] if "s2_toa" in g.arrays)
     )
     # The reader of the training takes them.
-    index = index_shards(str(out), list(RAW_SIZES))
-    assert [grid.key for grid in index.grids] == [grid.key for grid in grids]
+    index = index_shards(str(out))
+    assert [grid.key for grid in index] == [grid.key for grid in grids]
     assert index.problems == ()
 
 
