@@ -25,11 +25,14 @@ from copernicus.datasets.order import uniform
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.storage import Stamp, open_file, read_bytes, write_bytes
+from copernicus.datasets.stores import split_options
 from copernicus.datasets.survey import SensorAt, ShardSurvey, survey_shard
 
 FILE_NAME = "index.parquet"
 VERSION = 1
-"""Of the file's layout; another one is made anew."""
+"""Of the file's layout; one of another is refused, and `copernicus data index --fresh` makes it anew."""
+UNREAD = Stamp(-1, "")
+"""Of a shard that could not be read; no file has it."""
 _METADATA = b"copernicus_index"
 
 _AT = pa.struct([
@@ -57,7 +60,8 @@ class GridEntry:
 
 
 def _sensor(row: dict[str, Any]) -> SensorAt:
-    return SensorAt(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return SensorAt(**values)
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def survey_or_fault(uri: str) -> ShardSurvey:
     try:
         return survey_shard(uri)
     except OSError as error:
-        return ShardSurvey(uri, Stamp(-1, ""), [], [Problem(uri, "unreadable", str(error))])
+        return ShardSurvey(uri, UNREAD, [], [Problem(uri, "unreadable", str(error))])
 
 
 def to_table(surveys: Iterable[ShardSurvey]) -> pa.Table:
@@ -261,7 +265,9 @@ def read_index(path: str) -> pa.Table:
         raise InputError(f"no index {path}; make it with `copernicus data index SHARDS --out {path}`") from None
     except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise InputError(f"{path} is not an index ({reason}); make it with `copernicus data index`") from None
+        raise InputError(
+            f"{path} is not an index ({reason}); make it anew with `copernicus data index SHARDS --fresh`"
+        ) from None
     folder = _folder(path)
 
     def full(name: str) -> str:
@@ -304,12 +310,14 @@ def default_path(shards: Sequence[str]) -> str:
     Raises:
         InputError: they lie in several folders.
     """
-    folders = sorted({shard.rpartition("/")[0] for shard in shards})
+    folders = sorted({(base.rpartition("/")[0], options) for base, options in map(split_options, shards)})
     if len(folders) > 1:
-        raise InputError(f"the shards lie in {len(folders)} folders ({folders[0]}, {folders[1]}, ...); say --out FILE")
-    return f"{folders[0]}/{FILE_NAME}"
+        raise InputError(
+            f"the shards lie in {len(folders)} folders ({folders[0][0]}, {folders[1][0]}, ...); say --out FILE"
+        )
+    return f"{folders[0][0]}/{FILE_NAME}{folders[0][1]}"
 
 
 def _folder(path: str) -> str:
     full = path if "://" in path else os.path.abspath(path)
-    return full.rpartition("/")[0] + "/"
+    return split_options(full)[0].rpartition("/")[0] + "/"

@@ -264,7 +264,7 @@ def read_image(
         raise ImageError("unreadable", reason.removeprefix(f"{path}: ").replace(str(path), path.name)) from None
     x_CHW = values.astype(np.float32).filled(np.nan)
     x_CHW = np.where(np.isfinite(x_CHW), x_CHW, np.float32(np.nan))
-    if rows is None and np.isnan(x_CHW).all():
+    if stop - start == size and np.isnan(x_CHW).all():
         raise ImageError("all_nan", "nodata or NaN in all its pixels")
     if sensor == "s2_toa":
         offset = baseline.offset_for(s2_offset, path.name, tags)

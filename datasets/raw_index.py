@@ -8,21 +8,23 @@ named when it is drawn).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+import warnings
 from collections.abc import Mapping
 
 import rasterio
 import rasterio.errors
 
 from copernicus.datasets.baseline import known_offset
-from copernicus.datasets.raw import RawLayout
+from copernicus.datasets.raw import RawImage, RawLayout
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import LEADING_AXES, STORED_DTYPE, Problem, grid_center
 from copernicus.datasets.storage import Stamp
 from copernicus.datasets.stored import fill_dates, published_dates
 from copernicus.datasets.survey import GridSurvey, SensorAt, ShardSurvey
+
+SURPLUS = "too_many_dates"
+"""Dates beyond the published number are left out; the grid is whole all the same."""
 
 
 def survey_layout(layout: RawLayout, sizes: Mapping[str, int] | None = None, seed: int = 0) -> ShardSurvey:
@@ -33,9 +35,7 @@ def survey_layout(layout: RawLayout, sizes: Mapping[str, int] | None = None, see
         seed: of the repeated dates.
     """
     grids = [_grid(layout, key, sizes or {}, seed) for key in layout.keys]
-    # What the images are resampled to and which dates are repeated belong to what the data are.
-    version = hashlib.sha256(json.dumps([layout.digest, sorted((sizes or {}).items()), seed]).encode()).hexdigest()[:16]
-    return ShardSurvey(str(layout.folder), Stamp(0, version), grids, [])
+    return ShardSurvey(str(layout.folder), Stamp(0, ""), grids, [])  # what the data are is in their digest
 
 
 def unknown_offsets(layout: RawLayout, most: int = 32) -> tuple[int, int]:
@@ -46,13 +46,20 @@ def unknown_offsets(layout: RawLayout, most: int = 32) -> tuple[int, int]:
     for key in keys:
         for image in (i for patch in layout.grid(key).images.get("s2_toa", ())[:1] for i in patch[:1]):
             try:
-                with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(layout.locate(image)) as tif:
+                with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), _geotiff(layout, image) as tif:
                     tags = tif.tags()
             except rasterio.errors.RasterioError:
                 continue  # named when it is drawn
             looked += 1
             unknown += known_offset(layout.locate(image).name, tags) is None
     return unknown, looked
+
+
+def _geotiff(layout: RawLayout, image: RawImage) -> rasterio.DatasetReader:
+    """Opened as GeoTIFF and nothing else: a stranger's .tif may be a VRT that points elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        return rasterio.open(layout.locate(image), driver="GTiff")
 
 
 def _grid(layout: RawLayout, key: str, sizes: Mapping[str, int], seed: int) -> GridSurvey:
@@ -65,7 +72,7 @@ def _grid(layout: RawLayout, key: str, sizes: Mapping[str, int], seed: int) -> G
         images = []
         for listed in patches:
             for surplus in listed[dates:]:
-                grid.problems.append(Problem(f"{layout.folder}:{surplus.path}", "too_many_dates", "left out"))
+                grid.problems.append(Problem(f"{layout.folder}:{key}.{sensor}:{surplus.path}", SURPLUS, "left out"))
             order = fill_dates(min(len(listed), dates), sensor, seed, key, listed[0].patch)
             images += [listed[i] for i in order]
         local = "patch" in LEADING_AXES[sensor]

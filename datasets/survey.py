@@ -16,6 +16,7 @@ from copernicus.datasets.pth import PthError, TensorAt, locate_tensor
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import LEADING_AXES, Problem, grid_center, parse_image_name
 from copernicus.datasets.storage import Stamp, open_file
+from copernicus.datasets.stores import split_options
 from copernicus.datasets.tar import Member, Windows, walk
 
 MAX_JSON_BYTES = 1 << 20
@@ -68,10 +69,15 @@ class ShardSurvey:
     @property
     def digest(self) -> str:
         content = [
-            [g.key, [[name, at.dtype, at.shape, at.offset, at.days] for name, at in sorted(g.sensors.items())]]
+            [
+                g.key,
+                [[name, at.dtype, at.shape, at.offset, at.days, at.files] for name, at in sorted(g.sensors.items())],
+            ]
             for g in self.grids
         ]
-        return hashlib.sha256(json.dumps([self.uri.rsplit("/", 1)[-1], content]).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([split_options(self.uri)[0].rsplit("/", 1)[-1], content]).encode()
+        ).hexdigest()[:16]
 
 
 def survey_shard(uri: str) -> ShardSurvey:

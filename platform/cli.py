@@ -308,6 +308,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, click.ClickException):  # a wrong option or argument
         error.show()
         return 2
+    from copernicus.datasets.storage import StoreError
     from copernicus.platform.convert import ConvertFailed
     from copernicus.platform.pretrain import PretrainFailed
     from copernicus.platform.sweep import SweepFailed
@@ -317,6 +318,9 @@ def _failed(error: Exception) -> int:
         return 1
     if isinstance(error, (PretrainFailed, SweepFailed)):
         _complain(f"{error}. The same command goes on from the last checkpoint")
+        return 1
+    if isinstance(error, StoreError):
+        _complain(f"{error}. The same command goes on where it stopped")
         return 1
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" ({error.filename})" if error.filename else ""

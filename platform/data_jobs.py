@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ def index_command(shards: Sequence[str], out: str | None, fresh: bool, console: 
     path = out or default_path(uris)
     if path.startswith(READ_ONLY):
         raise InputError(f"{path.partition('://')[0]}:// can only be read: say where the index goes, --out FILE")
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; say --out FILE")
     try:
         with ray_session(), progress_bar(console, "indexing") as update:
             table = update_index(uris, path, update, fresh)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,11 +41,17 @@ def open_index(shards: Sequence[str], path: str | None, keep: Path, report: Repo
     Raises:
         InputError: ``path`` is no index.
     """
+    found = path or _beside(shards)
+    try:
+        table = None if found is None else _read(found)
+    except InputError:
+        if path is not None:
+            raise
+        table = None  # something else, or of another layout, that happens to lie next to the shards
+    if table is not None and not _stale(table, shards):
+        return to_index(select_shards(table, shards))  # the file may be of more shards than these
     made = keep / f"{hashlib.sha256(os.linesep.join(shards).encode()).hexdigest()[:12]}.parquet"
-    if path is None:
-        beside = _beside(shards)
-        path = beside if beside is not None and not _stale(_read(beside), shards) else str(made)
-    return to_index(update_index(shards, path, report))
+    return to_index(update_index(shards, path or str(made), report))
 
 
 def update_index(shards: Sequence[str], path: str, report: Report, fresh: bool = False) -> pa.Table:
@@ -53,6 +62,20 @@ def update_index(shards: Sequence[str], path: str, report: Report, fresh: bool =
         InputError: the file is no index.
         OSError: it cannot be written; what was done so far is kept.
     """
+    with _alone(path):
+        return _updated(shards, path, report, fresh)
+
+
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Two runs of one machine that want the same index wait for each other, and the second finds it made."""
+    name = hashlib.sha256(path.encode()).hexdigest()[:16]
+    with open(Path(tempfile.gettempdir()) / f"copernicus-{os.getuid()}-{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _updated(shards: Sequence[str], path: str, report: Report, fresh: bool) -> pa.Table:
     table = None if fresh else _read(path)
     todo = _stale(table, shards)
     if not todo and table is not None and list(stamps(table)) == list(shards):
@@ -76,7 +99,10 @@ def _surveyed(uri: str) -> pa.Table:
 
 
 def _stamp(table: pa.Table, uri: str) -> Stamp | None:
-    return stamps(table).get(uri)
+    try:
+        return stamps(table).get(uri)
+    except (KeyError, ValueError):  # a part of another layout
+        return None
 
 
 def _problems(table: pa.Table) -> int:

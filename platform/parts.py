@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from copernicus.datasets.index import current_stamp
-from copernicus.datasets.storage import Stamp
+from copernicus.datasets.storage import Stamp, write_bytes
 
 Report = Callable[[float, float, str], None]
 """Called with shards done, shards in all, and a note."""
@@ -79,7 +78,7 @@ class Parts:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         for uri, data in self._read(todo):
-            _write_atomically(self.path(uri), data)
+            write_bytes(self.path(uri), data)
             done += 1
             problems += self._problems(pq.read_table(io.BytesIO(data)))
             report(done, total, _said(problems))
@@ -129,12 +128,3 @@ def _readable(part: Path) -> pa.Table | None:
         return pq.read_table(part)
     except (OSError, pa.ArrowException):
         return None
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

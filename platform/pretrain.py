@@ -9,12 +9,13 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ import numpy as np
 import torch
 
 from copernicus.datasets.expand import expand
-from copernicus.datasets.index import GridIndex, from_surveys
+from copernicus.datasets.index import UNREAD, GridIndex, from_surveys
 from copernicus.datasets.order import Coverage, Order, generator
 from copernicus.datasets.raw import RawLayout, read_layout
-from copernicus.datasets.raw_index import survey_layout, unknown_offsets
+from copernicus.datasets.raw_index import SURPLUS, survey_layout, unknown_offsets
 from copernicus.datasets.sensors import SENSORS, InputError, Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
@@ -206,7 +207,7 @@ def train_worker(config: dict[str, Any]) -> None:
         if facts[2] > 0:
             for problem in (p for part in gather(new, world_size) for p in part):
                 problems.setdefault(str(problem), problem)
-        skipped = len({_grid_of(p) for p in problems.values()}) / plan.grids_seen
+        skipped = len(_grids_of(problems.values())) / plan.grids_seen
         sums, counts = facts[4 : 4 + len(plan.sensors)], facts[4 + len(plan.sensors) :]
         metrics = {"train/loss": (facts[1] / global_rows).item(), "train/lr": plan.learning_rate(step - 1)}
         metrics |= {
@@ -389,7 +390,7 @@ def pretrain(
     train, held_out = index.split(settings.val_fraction, seed)
     if not len(train):
         raise InputError(f"pretrain.val_fraction: holds out all {len(index)} grids; lower it")
-    bad = len({_grid_of(p) for p in whole.problems})
+    bad = len(_grids_of(whole.problems))
     sensors = tuple(SENSORS[name] for name in settings.sensors)
     plan = Plan(
         settings=settings,
@@ -403,7 +404,9 @@ def pretrain(
         warning=warning,
     )
     plan.reader(augment=True)  # sizes are checked here, not on a worker
-    if (share := bad / plan.grids_seen) > settings.max_skipped:
+    # A shard that could not be opened at all names no grids: its share of the shards stands for its share of the grids.
+    lost = sum(shard.stamp == UNREAD for shard in whole.shards) / len(whole.shards)
+    if (share := max(bad / plan.grids_seen, lost)) > settings.max_skipped:
         raise PretrainFailed(too_many_skipped(list(whole.problems), share, settings.max_skipped))
     check_resources(settings, ray.cluster_resources())
     on_plan(plan, train, held_out)
@@ -520,10 +523,11 @@ def uncovered(coverage: Coverage, plan: Plan, step: int) -> str | None:
     return None
 
 
-def _grid_of(problem: Problem) -> str:
-    """The grid a problem is about ("shard:key"), or the shard where it names no grid."""
-    shard, _, member = problem.where.partition(".tar:")
-    return f"{shard}:{member.split('.')[0]}" if member else problem.where
+def _grids_of(problems: Iterable[Problem]) -> set[str]:
+    """The grids that problems are about, each as its shard and key; a shard stands for itself where it names no grid."""
+    where = {p.where for p in problems if p.reason != SURPLUS}
+    found = {w: re.match(r".*\.tar[^:/]*:[^.]*|.*:\d{7}(?=\.)", w) for w in where}
+    return {match[0] if match else w for w, match in found.items()}
 
 
 def _step_of_epoch(plan: Plan, epoch: int) -> int:

@@ -64,10 +64,10 @@ class Draws(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        tasks = []
+        tasks, row_bytes = [], self.share.reader.row_bytes
         for start in range(self.first, self.stop, self.rows):
             numbers = range(start, min(start + self.rows, self.stop))
-            size = len(numbers) * self.share.reader.row_bytes
+            size = len(numbers) * row_bytes
             metadata = BlockMetadata(len(numbers), size, input_files=None, exec_stats=None)
             tasks.append(ReadTask(functools.partial(_block, self.share, numbers), metadata))
         return tasks
@@ -131,7 +131,7 @@ def batches(share: Share, data_cpus: float = 1.0) -> Iterator[dict[str, np.ndarr
         starts = range(0, share.rows, rows_per_segment)
         ahead: Future | None = None
         for first in starts:
-            head, rest = ahead.result() if ahead is not None else _begun(segment(first))
+            (head, rest), ahead = ahead.result() if ahead is not None else _begun(segment(first)), None
             following = first + rows_per_segment
             steps = (min(following, share.rows) - first) // size
             yield from head

@@ -160,3 +160,31 @@ def test_a_full_disk_is_said_and_leaves_the_old_index(tmp_path):
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert os.listdir(disk) == []
+
+
+def test_an_index_of_more_shards_serves_some_of_them_and_stays_as_it_is(ray, tmp_path):
+    folder = tmp_path / "shards"
+    shards = small_shards(folder, 4)
+    update_index(shards, str(folder / "index.parquet"), quiet)
+    before = (folder / "index.parquet").read_bytes()
+    some = [shards[2], shards[0]]
+    assert [g.shard for g in open_index(some, None, tmp_path / "keep", quiet)] == some
+    assert [g.shard for g in open_index(some, str(folder / "index.parquet"), tmp_path / "keep", quiet)] == some
+    assert (folder / "index.parquet").read_bytes() == before
+    assert not (tmp_path / "keep").exists()
+
+
+def test_another_file_of_that_name_next_to_the_shards_does_not_stop_a_run(ray, tmp_path):
+    shards = small_shards(tmp_path / "shards", 2)
+    (tmp_path / "shards" / "index.parquet").write_text("someone else's")
+    assert len(open_index(shards, None, tmp_path / "keep", quiet)) == 2
+    assert (tmp_path / "shards" / "index.parquet").read_text() == "someone else's"
+    with pytest.raises(InputError, match="is not an index"):
+        open_index(shards, str(tmp_path / "shards" / "index.parquet"), tmp_path / "keep", quiet)
+
+
+def test_the_index_of_a_store_lies_in_that_store():
+    from copernicus.datasets.index import default_path
+
+    shards = [f"s3://b/d/{n}.tar?endpoint_override=localhost:9000&scheme=http" for n in "ab"]
+    assert default_path(shards) == "s3://b/d/index.parquet?endpoint_override=localhost:9000&scheme=http"

@@ -232,3 +232,35 @@ def test_raw_geotiffs_train_and_an_unknown_offset_is_said(ray, tmp_path, baselin
     assert result.skipped == ()
     assert result.samples == sum(bool(set(sensors) & set(layout.grid(key).images)) for key in layout.keys)
     assert ("do not tell their processing baseline" in plans[0].warning) == warned
+
+
+def test_problems_count_by_grid():
+    from copernicus.datasets.shards import Problem
+    from copernicus.platform.pretrain import _grids_of
+
+    problems = [
+        Problem("/a/x.tar:0200599.s1_grd.pth", "wrong_shape"), Problem("/a/x.tar:0200599.json", "bad_json"),
+        Problem("/a/x.tar:0200600", "missing_json"), Problem("/a/y.tar", "truncated_tar"),
+        Problem("s3://b/x.tar?endpoint_override=localhost:9000:0200599.dem.pth", "all_nan"),
+        Problem("/raw:0200599.s2_toa:s2/a.b.tif", "unreadable"), Problem("/raw:0200599.dem:dem/c.tif", "unreadable"),
+        Problem("/raw:0200601.dem:dem/d.tif", "too_many_dates"),
+    ]  # fmt: skip
+    assert len(_grids_of(problems)) == 5
+
+
+def test_shards_that_cannot_be_opened_count_by_their_share_of_the_shards(ray, shards, tmp_path, monkeypatch):
+    """Half of the shards, not one grid of the many that they hold."""
+    from copernicus.datasets import index
+
+    real = index.survey_shard
+
+    def failing(uri: str):
+        if uri.endswith("000001.tar"):
+            raise OSError("the store does not answer")
+        return real(uri)
+
+    monkeypatch.setattr(index, "survey_shard", failing)
+    found = index.index_shards(str(shards))
+    monkeypatch.setattr("copernicus.platform.pretrain.open_index", lambda *_: found)
+    with pytest.raises(PretrainFailed, match=r"50\.0% of the grids"):
+        run(settings(shards, max_skipped=0.1), tmp_path / "run")
