@@ -295,7 +295,8 @@ def main() -> None:
     except KeyboardInterrupt:
         _complain("interrupted; the same command goes on where it stopped")
         code = 130
-    except typer.Abort:
+    except typer.Abort:  # what click makes of Ctrl-C
+        _complain("interrupted; the same command goes on where it stopped")
         code = 130
     except Exception as error:
         code = _failed(error)

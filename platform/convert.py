@@ -79,8 +79,12 @@ def convert_raw(
     check_policy(settings.s2_offset)
     if settings.grids_per_shard < 1:
         raise InputError(f"grids_per_shard is {settings.grids_per_shard}; it must be at least 1")
-    for sensor in settings.sizes:
+    for sensor, size in settings.sizes.items():
         get_sensor(sensor)
+        if size < 1:
+            raise InputError(f"size of {sensor} is {size}; it must be at least 1 pixel")
+    if out == source:
+        raise InputError(f"{out} is the source; give another folder for the shards")
     if blocking := [path for path in (out, *out.parents) if path.is_file()]:
         raise InputError(f"{out}: {blocking[0]} is a file; give a folder for the shards")
     units, begun = _plan(source, fnames, settings)

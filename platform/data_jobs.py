@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -32,20 +34,34 @@ def index_command(shards: Sequence[str], out: str | None, fresh: bool, console: 
         raise InputError(f"{path.partition('://')[0]}:// can only be read: say where the index goes, --out FILE")
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; say --out FILE")
-    try:
-        with ray_session(), progress_bar(console, "indexing") as update:
-            table = update_index(uris, path, update, fresh)
-    except PermissionError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); say --out FILE") from None
+    with writing(path), ray_session(), progress_bar(console, "indexing") as update:
+        table = update_index(uris, path, update, fresh)
     index = to_index(table)
     console.print(summary(index))
     print_problems(index, console)
+    if not len(index):
+        if "://" not in path:
+            Path(path).unlink()
+        raise InputError(
+            f"no grid that could be used in {' '.join(shards)}: {index.problems[0] if index.problems else 'no member is of a known sensor'}"
+        )
     console.print(f"Index: {path}", highlight=False, markup=False, soft_wrap=True)
     pattern = " ".join(shards)
     console.print(
         f"Next: copernicus data verify {pattern}, or copernicus run EXPERIMENT.yaml 'pretrain.shards=[{pattern}]'",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Says what to do where a file cannot be written at all."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+            raise InputError(f"{path} cannot be written ({error.strerror}); say --out FILE") from None
+        raise
 
 
 def summary(index: GridIndex) -> Table:
@@ -88,7 +104,7 @@ def verify_command(shards: Sequence[str], out: str, console: Console) -> int:
     """Read everything in the shards, print what it comes to and return the number of rows with a fault."""
     uris = expand(shards)
     check_place(out)
-    with ray_session(), progress_bar(console, "verifying") as update:
+    with writing(out), ray_session(), progress_bar(console, "verifying") as update:
         summary = verify_shards(uris, out, update)
     console.print(by_sensor(summary))
     if summary.faults or summary.notes:

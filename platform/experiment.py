@@ -360,10 +360,24 @@ def _validate(e: Experiment, source: str) -> None:
             positive(f"{path}.{key}", number)
 
     if (p := e.pretrain) is not None:
-        if bool(p.shards) == bool(p.geotiffs):
+        if not p.shards and not p.geotiffs:
             raise wrong("pretrain.shards", "give shard files, folders or brace patterns, or else pretrain.geotiffs")
+        if p.shards and p.geotiffs:
+            raise wrong("pretrain.geotiffs", "shards are given too; for these images alone say pretrain.shards=[]")
         if p.geotiffs:
             exists("pretrain.geotiffs", p.geotiffs)
+            if not any(Path(p.geotiffs).glob("fnames*.json.gz")):
+                raise wrong(
+                    "pretrain.geotiffs", f"{p.geotiffs} holds no fnames*.json.gz, which lists a raw layout's images"
+                )
+            if p.index:
+                raise wrong("pretrain.index", "is of shards; pretrain.geotiffs needs none")
+        elif p.s2_offset != "auto":
+            raise wrong("pretrain.s2_offset", "is of raw images (pretrain.geotiffs); shards are taken as they are")
+        if p.index and Path(p.index).exists():
+            with open(p.index, "rb") as file:
+                if file.read(4) != b"PAR1":
+                    raise wrong("pretrain.index", f"{p.index} is not an index; make it with `copernicus data index`")
         choice("pretrain.s2_offset", p.s2_offset, POLICIES)
         choice("pretrain.require", p.require, ("any", "all"))
         for shards in p.shards:

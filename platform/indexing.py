@@ -51,12 +51,13 @@ def open_index(shards: Sequence[str], path: str | None, keep: Path, report: Repo
     if table is not None and not _stale(table, shards):
         return to_index(select_shards(table, shards))  # the file may be of more shards than these
     made = keep / f"{hashlib.sha256(os.linesep.join(shards).encode()).hexdigest()[:12]}.parquet"
-    return to_index(update_index(shards, path or str(made), report))
+    return to_index(select_shards(update_index(shards, path or str(made), report), shards))
 
 
 def update_index(shards: Sequence[str], path: str, report: Report, fresh: bool = False) -> pa.Table:
-    """Bring the index file up to date with the shards: those that are unchanged since are not read again. What was done
-    is kept beside the file until all is, so that an interrupted job goes on where it stopped.
+    """Bring the index file up to date with the shards: those that are unchanged since are not read again. Other shards
+    that it covers stay in it as long as they exist. What was done is kept beside the file until all is, so that an
+    interrupted job goes on where it stopped.
 
     Raises:
         InputError: the file is no index.
@@ -77,6 +78,10 @@ def _alone(path: str) -> Iterator[None]:
 
 def _updated(shards: Sequence[str], path: str, report: Report, fresh: bool) -> pa.Table:
     table = None if fresh else _read(path)
+    if table is not None:
+        others = [uri for uri in stamps(table) if uri not in set(shards)]
+        there = [uri for uri, stamp in zip(others, current_stamps(others), strict=True) if stamp is not None]
+        shards = [*there, *shards]
     todo = _stale(table, shards)
     if not todo and table is not None and list(stamps(table)) == list(shards):
         return table
