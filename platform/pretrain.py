@@ -6,28 +6,24 @@ Shapes: B rows of this rank's share, C channels, S sensors, L tokens.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import re
 import signal
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from copernicus.datasets.expand import expand
 from copernicus.datasets.index import UNREAD, GridIndex, from_surveys
 from copernicus.datasets.order import Coverage, Order, generator
 from copernicus.datasets.raw import RawLayout, read_layout
-from copernicus.datasets.raw_index import SURPLUS, survey_layout, unknown_offsets
+from copernicus.datasets.raw_index import survey_layout, unknown_offsets
 from copernicus.datasets.sensors import SENSORS, InputError, Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
@@ -36,6 +32,7 @@ from copernicus.models.zoo import create_model
 from copernicus.platform.experiment import Pretrain
 from copernicus.platform.indexing import open_index
 from copernicus.platform.mailbox import Listener, new_mailbox, post, stop_run
+from copernicus.platform.skipped import grids_of, problems_in, skipped_metrics, too_many_skipped
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -184,7 +181,7 @@ def train_worker(config: dict[str, Any]) -> None:
         # One reduction carries what every rank must agree on: rows, loss, new problems, whether a checkpoint is due by
         # rank 0's clock, per-sensor losses.
         due = rank == 0 and time.monotonic() - checkpointed > settings.checkpoint_minutes * 60
-        new = [p for p in _problems(columns) if str(p) not in problems]
+        new = [p for p in problems_in(columns) if str(p) not in problems]
         present = batch["present"].to(loss_BS.dtype)
         facts = torch.cat([
             torch.stack([rows.to(total.dtype), total.detach(), total.new_tensor(len(new)), total.new_tensor(due)]),
@@ -207,7 +204,7 @@ def train_worker(config: dict[str, Any]) -> None:
         if facts[2] > 0:
             for problem in (p for part in gather(new, world_size) for p in part):
                 problems.setdefault(str(problem), problem)
-        skipped = len(_grids_of(problems.values())) / plan.grids_seen
+        skipped = len(grids_of(problems.values())) / plan.grids_seen
         sums, counts = facts[4 : 4 + len(plan.sensors)], facts[4 + len(plan.sensors) :]
         metrics = {"train/loss": (facts[1] / global_rows).item(), "train/lr": plan.learning_rate(step - 1)}
         metrics |= {
@@ -326,7 +323,7 @@ class _Evaluation:
         size = self.plan.order.share(self.plan.settings.batch_size, self.world_size)
         for start in range(0, len(self.grids), size):
             columns = reader.batch([(grid, -1, 0) for grid in self.grids[start : start + size]])
-            new += _problems(columns)
+            new += problems_in(columns)
             batch = tensors(columns, self.device)
             loss_BS = module(batch, {})
             present = batch["present"].to(loss_BS.dtype)
@@ -340,20 +337,6 @@ class _Evaluation:
         if facts[-1] > 0:
             metrics["val/loss"] = (facts[-2] / facts[-1]).item()
         return metrics
-
-
-def skipped_metrics(problems: Any, share: float) -> dict[str, float]:
-    counts = Counter(p.reason for p in problems)
-    metrics = {f"data/skipped_{reason}": float(n) for reason, n in counts.items()}
-    return {"data/skipped_total": float(sum(counts.values())), "data/skipped_share": share, **metrics}
-
-
-def too_many_skipped(problems: list[Problem], share: float, limit: float) -> str:
-    shown = "; ".join(str(p) for p in problems[:5])
-    return (
-        f"{share:.1%} of the grids could not be used in full, above pretrain.max_skipped={limit:.1%}. "
-        f"{len(problems)} problems, the first: {shown}. Repair the shards or raise the limit"
-    )
 
 
 def pretrain(
@@ -390,7 +373,7 @@ def pretrain(
     train, held_out = index.split(settings.val_fraction, seed)
     if not len(train):
         raise InputError(f"pretrain.val_fraction: holds out all {len(index)} grids; lower it")
-    bad = len(_grids_of(whole.problems))
+    bad = len(grids_of(whole.problems))
     sensors = tuple(SENSORS[name] for name in settings.sensors)
     plan = Plan(
         settings=settings,
@@ -498,10 +481,6 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _problems(columns: dict[str, np.ndarray]) -> list[Problem]:
-    return [Problem(*fields) for row in columns["problems"] for fields in json.loads(str(row))]
-
-
 def gather(mine: Any, world_size: int) -> list[Any]:
     """Every rank's, in rank order."""
     if world_size == 1:
@@ -521,13 +500,6 @@ def uncovered(coverage: Coverage, plan: Plan, step: int) -> str | None:
                 f"(samples, sum of hashes), expected {plan.whole_epoch}; this is a defect of the program"
             )
     return None
-
-
-def _grids_of(problems: Iterable[Problem]) -> set[str]:
-    """The grids that problems are about, each as its shard and key; a shard stands for itself where it names no grid."""
-    where = {p.where for p in problems if p.reason != SURPLUS}
-    found = {w: re.match(r".*\.tar[^:/]*:[^.]*|.*:\d{7}(?=\.)", w) for w in where}
-    return {match[0] if match else w for w, match in found.items()}
 
 
 def _step_of_epoch(plan: Plan, epoch: int) -> int:

@@ -218,6 +218,7 @@ def test_sensors_can_be_chosen(ray, tmp_path):
     assert result.steps == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("baseline", "warned"), [(None, True), ("05.09", False)])
 def test_raw_geotiffs_train_and_an_unknown_offset_is_said(ray, tmp_path, baseline, warned):
     write_raw(tmp_path / "raw", 6, s2_baseline=baseline)
@@ -236,7 +237,7 @@ def test_raw_geotiffs_train_and_an_unknown_offset_is_said(ray, tmp_path, baselin
 
 def test_problems_count_by_grid():
     from copernicus.datasets.shards import Problem
-    from copernicus.platform.pretrain import _grids_of
+    from copernicus.platform.skipped import grids_of
 
     problems = [
         Problem("/a/x.tar:0200599.s1_grd.pth", "wrong_shape"), Problem("/a/x.tar:0200599.json", "bad_json"),
@@ -245,7 +246,7 @@ def test_problems_count_by_grid():
         Problem("/raw:0200599.s2_toa:s2/a.b.tif", "unreadable"), Problem("/raw:0200599.dem:dem/c.tif", "unreadable"),
         Problem("/raw:0200601.dem:dem/d.tif", "too_many_dates"),
     ]  # fmt: skip
-    assert len(_grids_of(problems)) == 5
+    assert len(grids_of(problems)) == 5
 
 
 def test_shards_that_cannot_be_opened_count_by_their_share_of_the_shards(ray, shards, tmp_path, monkeypatch):
