@@ -113,8 +113,9 @@ def batches(share: Share, data_cpus: float = 1.0) -> Iterator[dict[str, np.ndarr
     context = quiet_context()
     context.execution_options.preserve_order = True
     size = share.rows_per_batch
-    rows_per_block = -(-max(size, ROWS_PER_BLOCK) // size) * size
-    rows_per_segment = rows_per_block * BLOCKS_PER_SEGMENT
+    # A block is some whole batches, or a part of one: a rank's 128 rows of all sensors would be a block of 1 GB.
+    rows_per_block = -(-ROWS_PER_BLOCK // size) * size if size <= ROWS_PER_BLOCK else ROWS_PER_BLOCK
+    rows_per_segment = max(1, rows_per_block * BLOCKS_PER_SEGMENT // size) * size
     cpus = data_cpus / share.world_size
 
     def segment(first: int) -> Iterator[dict[str, np.ndarray]]:

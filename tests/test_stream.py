@@ -24,16 +24,16 @@ def ray():
 
 
 @pytest.mark.parametrize(
-    ("world_size", "start_step", "blocks_per_segment"), [(1, 0, 1024), (1, 0, 1), (2, 0, 2), (2, 7, 1)]
+    ("batch_size", "world_size", "start_step", "blocks_per_segment"),
+    [(10, 1, 0, 1024), (10, 1, 0, 1), (10, 2, 0, 2), (10, 2, 7, 1), (37, 1, 0, 1024), (41, 2, 1, 1)],
 )
-def test_batches_follow_the_order(ray, shards, monkeypatch, world_size, start_step, blocks_per_segment):
+def test_batches_follow_the_order(ray, shards, monkeypatch, batch_size, world_size, start_step, blocks_per_segment):
     from copernicus.platform import stream
 
     monkeypatch.setattr(stream, "BLOCKS_PER_SEGMENT", blocks_per_segment)
     index = index_shards(str(shards))
     order = Order(len(index), seed=5, epochs=3, draws_per_grid=2)
     reader = DrawReader(FEW, SIZES, seed=5)
-    batch_size = 10
     ranks = []
     for rank in range(world_size):
         share = stream.Share(ray.put(index), order, reader, batch_size, rank, world_size, start_step)
