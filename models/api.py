@@ -4,7 +4,8 @@ from copernicus.models.heads import DenseHead, LinearHead
 from copernicus.models.language import LanguageTable
 from copernicus.models.masked_autoencoder import MaskedAutoencoder, parameter_groups
 from copernicus.models.vit import CopernicusFMViT
-from copernicus.models.zoo import ZOO, LoadReport, create_model, load_weights
+from copernicus.models.weights import LoadReport, load_weights
+from copernicus.models.zoo import ZOO, create_model
 
 __all__ = [
     "ZOO",

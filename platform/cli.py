@@ -111,7 +111,7 @@ def encode(
     """Embed real images: reads bands, place and date, says what it found, draws what the encoder sees."""
     from copernicus.datasets.sensors import InputError
     from copernicus.platform.encode import encode_command
-    from copernicus.platform.pretrain import architecture
+    from copernicus.platform.objective import architecture
 
     sizes = _numbers([i for i in images if "=" in i and not Path(i).exists()])
     files = [i for i in images if "=" not in i or Path(i).exists()]

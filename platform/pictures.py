@@ -15,7 +15,7 @@ from copernicus.datasets.index import GridIndex
 from copernicus.datasets.sensors import Sensor
 
 if TYPE_CHECKING:
-    from copernicus.platform.pretrain import Plan
+    from copernicus.platform.objective import Plan
 
 TRUE_COLOUR = {"s2_toa": ("B04", "B03", "B02"), "s3_olci": ("Oa08", "Oa06", "Oa04")}
 MAX_GRIDS = 4
@@ -23,8 +23,8 @@ MAX_GRIDS = 4
 
 def reconstructions(plan: Plan, held_out: GridIndex, checkpoint: Path, folder: Path) -> list[Path]:
     """One PNG a sensor: masked input, reconstruction and original of a few held-out grids. Returns their paths."""
-    from copernicus.models.zoo import load_weights
-    from copernicus.platform.pretrain import build_autoencoder
+    from copernicus.models.weights import load_weights
+    from copernicus.platform.objective import build_autoencoder
 
     model: Any = build_autoencoder(plan).eval()
     load_weights(model, checkpoint)

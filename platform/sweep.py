@@ -76,8 +76,9 @@ def cells(settings: Sweep, pretrained: Model | None, checkpoint: Path | None) ->
 def build_encoder(cell: Cell) -> Any:
     """The cell's encoder: mean-pooled patch tokens, frozen."""
     from copernicus.models.language import LanguageTable
-    from copernicus.models.zoo import create_model, load_weights
-    from copernicus.platform.pretrain import architecture
+    from copernicus.models.weights import load_weights
+    from copernicus.models.zoo import create_model
+    from copernicus.platform.objective import architecture
 
     sizes = cell.model.encoder_overrides()
     # Shapes do not tell the number of heads: a checkpoint of ours says what it is.

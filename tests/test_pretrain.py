@@ -21,17 +21,8 @@ from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import write_shards
 from copernicus.models import create_model, load_weights
 from copernicus.platform.experiment import Model, Pretrain
-from copernicus.platform.pretrain import (
-    PerRowLoss,
-    Plan,
-    PretrainFailed,
-    architecture,
-    build_autoencoder,
-    check_resources,
-    freeze_unreached,
-    pretrain,
-    weigh,
-)
+from copernicus.platform.objective import PerRowLoss, Plan, architecture, build_autoencoder, freeze_unreached, weigh
+from copernicus.platform.pretrain import PretrainFailed, check_resources, pretrain
 from copernicus.platform.session import ray_session
 
 TINY = Model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)  # fmt: skip

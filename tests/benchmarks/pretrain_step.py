@@ -19,7 +19,7 @@ from copernicus.datasets.order import Order
 from copernicus.datasets.sensors import SENSORS
 from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.platform.experiment import load_experiment
-from copernicus.platform.pretrain import PerRowLoss, Plan, build_autoencoder, weigh
+from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, weigh
 from copernicus.platform.stream import tensors
 
 
