@@ -49,37 +49,47 @@ def fourier_expansion(x: Tensor, limits: tuple[float, float], dim: int, bounded:
         InputError: bounded, and a magnitude above the upper limit.
     """
     lower, upper = limits
-    x = x.double()
     if bounded:
         magnitude = x.abs()
         if bool((magnitude > upper).any()):
             raise InputError(f"value {float(magnitude.max()):g} is beyond {upper:g}, the largest that can be encoded")
-        x = torch.where((magnitude > 0) & (magnitude < lower), torch.copysign(x.new_tensor(lower), x), x)
-    phase = x[..., None] * _angular_frequencies(lower, upper, dim // 2).to(x.device)
+        x = _not_below(x, lower)
+    return _expand(x, limits, dim)
+
+
+def _not_below(x: Tensor, lower: float) -> Tensor:
+    magnitude = x.abs()
+    return torch.where((magnitude > 0) & (magnitude < lower), torch.copysign(x.new_tensor(lower), x), x)
+
+
+def _expand(x: Tensor, limits: tuple[float, float], dim: int) -> Tensor:
+    phase = x.double()[..., None] * _angular_frequencies(*limits, dim // 2).to(x.device)
     return torch.cat([phase.sin(), phase.cos()], dim=-1).float()
 
 
 def encode_coordinates(lon_B: Tensor, lat_B: Tensor, dim: int, cartesian: bool = False) -> Tensor:
     """Degrees east and north -> (B, D): half for each angle, or, cartesian, a third for each axis of the unit sphere.
 
-    The cartesian expansion is padded with zeros where three even parts do not fill D.
+    The cartesian expansion is padded with zeros where three even parts do not fill D. Like the two functions below, this
+    one does not look whether its values are possible, which would make a GPU wait: ``vit.check_metadata`` does.
     """
     if not cartesian:
-        halves = [fourier_expansion(angle_B, DEGREES, dim // 2) for angle_B in (lon_B + 180, lat_B + 90)]
+        angles = (_not_below(angle_B, DEGREES[0]) for angle_B in (lon_B + 180, lat_B + 90))
+        halves = [_expand(angle_B, DEGREES, dim // 2) for angle_B in angles]
         return torch.cat(halves, dim=-1)
     lon_B, lat_B = torch.deg2rad(lon_B), torch.deg2rad(lat_B)
     axes = (lat_B.cos() * lon_B.cos(), lat_B.cos() * lon_B.sin(), lat_B.sin())
     part = dim // 6 * 2
     # The shift keeps the sum above the shortest wavelength: -1 maps to 1e-7, not to 0.
-    expanded = [fourier_expansion(axis_B + 1 + 1e-7, UNIT_SPHERE, part) for axis_B in axes]
+    expanded = [_expand(_not_below(axis_B + 1 + 1e-7, UNIT_SPHERE[0]), UNIT_SPHERE, part) for axis_B in axes]
     return torch.nn.functional.pad(torch.cat(expanded, dim=-1), (0, dim - 3 * part))
 
 
 def encode_area(area_km2_B: Tensor, dim: int) -> Tensor:
     """Ground area of one token, km^2 -> (B, D)."""
-    return fourier_expansion(area_km2_B, AREA_KM2, dim)
+    return _expand(_not_below(area_km2_B, AREA_KM2[0]), AREA_KM2, dim)
 
 
 def encode_days(days_B: Tensor, dim: int) -> Tensor:
     """Days since 1970-01-01 -> (B, D)."""
-    return fourier_expansion(days_B, DAYS, dim, bounded=False)
+    return _expand(days_B, DAYS, dim)

@@ -2,11 +2,16 @@
 
 Facts: paper arXiv 2503.11849 and its public implementation. Names and shapes of the state dict are the published ones.
 Shapes: B batch, C channels, H W image, D encoder width, E decoder width, h w token grid, L = h*w patch tokens,
-T = 1 + tokens kept, V = k*k*C values of a patch, ordered (row, column, channel).
+X patches looked at (those kept, or those hidden), T = 1 + tokens kept, k side of a patch, Q = k*k its pixels, V = C*Q its
+values.
+
+All sensors of a step pass through the blocks together, each masked on its own, and the decoder predicts hidden patches
+alone: the others would not count.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError, Sensor
+from copernicus.models.attention import pack, unpack
 from copernicus.models.initialise import initialise
-from copernicus.models.patch_embed import PatchPredictor
-from copernicus.models.position import resize_table, sincos_table
-from copernicus.models.vit import Block, CopernicusFMViT, check_metadata, embed_metadata
+from copernicus.models.patch_embed import PatchPredictor, cut_patches, predict_patches, take_patches
+from copernicus.models.position import sincos_table
+from copernicus.models.vit import Block, CopernicusFMViT, View, embed_metadata, fixed_positions, look, run_blocks
 
 DECODER_PREFIXES = (
     "mask_token", "decoder_", "coord_token_dec", "scale_token_dec", "time_token_dec", "coord_fc_decoder",
@@ -36,7 +42,8 @@ class SensorResult:
 
     Attributes:
         loss_B: mean squared error over the masked patches of each row.
-        pred_BLV: predicted values of every patch.
+        pred_BLV: predicted values of every patch, ordered (row, column, channel) as in ``patchify``; those of a published
+            decoder (channel, row, column).
         mask_BL: 1 where a patch was hidden from the encoder.
         latent_BTD: the encoder's output for the class token and the kept patches, in the order of the noise.
     """
@@ -47,19 +54,32 @@ class SensorResult:
     latent_BTD: Tensor
 
 
-def patchify(x_BCHW: Tensor, patch_kernel: int) -> Tensor:
-    """Image -> patches (B, L, V), row by row.
+@dataclass(frozen=True)
+class Masked:
+    """A view of which a part is hidden. ``kept_BX``, ``hidden_BX``: numbers (row-major) of the patches."""
 
-    Raises:
-        InputError: sides that are no multiples of the patch.
-    """
+    view: View
+    kept_BX: Tensor
+    hidden_BX: Tensor
+
+
+def check_sides(x_BCHW: Tensor, patch_kernel: int) -> None:
+    """Raises InputError for sides that are no multiples of the patch: the decoder predicts whole patches."""
     if x_BCHW.shape[2] % patch_kernel or x_BCHW.shape[3] % patch_kernel:
         raise InputError(
             f"a masked autoencoder needs images whose sides are multiples of the patch kernel {patch_kernel}, "
             f"got {x_BCHW.shape[2]} x {x_BCHW.shape[3]}"
         )
-    x = x_BCHW.unflatten(3, (-1, patch_kernel)).unflatten(2, (-1, patch_kernel))
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def patchify(x_BCHW: Tensor, patch_kernel: int) -> Tensor:
+    """Image -> patches (B, L, V), row by row, the values of each ordered (row, column, channel).
+
+    Raises:
+        InputError: sides that are no multiples of the patch.
+    """
+    check_sides(x_BCHW, patch_kernel)
+    return take_patches(cut_patches(x_BCHW, patch_kernel, shift=0), None).transpose(2, 3).flatten(2)
 
 
 def unpatchify(patches_BLV: Tensor, grid: tuple[int, int], patch_kernel: int) -> Tensor:
@@ -77,7 +97,7 @@ class MaskedAutoencoder(CopernicusFMViT):
         decoder_num_heads: its attention heads.
         mask_ratio: share of the tokens hidden from the encoder.
         norm_pix_loss: targets are normalised per patch (mean and unbiased variance).
-        published: keep the published decoder's wrong pairing of channels; see ``PatchPredictor``.
+        published: keep the published decoder's wrong pairing of channels; see ``_compare``.
         distill_dim: width of the teacher whose features the encoder is to imitate (``distillation.py``); 0: none.
         encoder: arguments of ``CopernicusFMViT``; its last layer is ``norm``, over all tokens, and it has no head.
     """
@@ -161,7 +181,7 @@ class MaskedAutoencoder(CopernicusFMViT):
         Raises:
             InputError: see ``forward_sensor``.
         """
-        losses_SB, present_SB, report = [], [], {}
+        masked, present_SB = [], []
         for name, x_BCHW in samples.items():
             here_B = torch.ones(x_BCHW.shape[0], dtype=torch.bool, device=x_BCHW.device)
             if present is not None and name in present:
@@ -169,13 +189,77 @@ class MaskedAutoencoder(CopernicusFMViT):
                 # Whatever stands in for an absent image, NaN included, must not reach the gradients.
                 x_BCHW = torch.where(here_B[:, None, None, None], x_BCHW, 0.0)
             chosen = channels.get(name) if channels is not None else None
-            result = self.forward_sensor(x_BCHW, sensors[name], metadata[name], noise[name], chosen)
-            losses_SB.append(torch.where(here_B, result.loss_B, 0.0))
+            masked.append(self.hide(x_BCHW, sensors[name], metadata[name], noise[name], chosen))
             present_SB.append(here_B)
-            report[name] = losses_SB[-1].detach().sum() / here_B.sum()
+        losses, _ = self.losses(masked)
+        losses_SB = [torch.where(here, loss, 0.0) for here, loss in zip(present_SB, losses, strict=True)]
+        report = {
+            name: loss.detach().sum() / here.sum()
+            for name, loss, here in zip(samples, losses_SB, present_SB, strict=True)
+        }
         count_B = torch.stack(present_SB).sum(dim=0)
         mean_B = torch.stack(losses_SB).sum(dim=0) / count_B.clamp(min=1)
         return {"loss": mean_B.sum() / (count_B > 0).sum().clamp(min=1), **report}
+
+    def hide(
+        self,
+        x_BCHW: Tensor,
+        sensor: Sensor,
+        metadata: Tensor | None,
+        noise_BL: Tensor,
+        channels: Sequence[int] | None = None,
+    ) -> Masked:
+        """One sensor's images with a share of their patches hidden.
+
+        Args:
+            x_BCHW: normalised images; sides are multiples of the sensor's patch kernel.
+            sensor: what the channels are.
+            metadata: (B, 4) rows, NaN for unknown; None: all unknown. What lies on a GPU should have been checked before
+                it went there (``check_metadata``): here that would make it wait in every step.
+            noise_BL: one number per token; the patches with the smallest are kept.
+            channels: bands to use (indices); all by default.
+
+        Raises:
+            InputError: bands, sides, noise or metadata do not fit, or so few tokens that none would be kept or hidden.
+        """
+        if channels is not None:
+            x_BCHW, sensor = x_BCHW[:, list(channels)], sensor.select(channels)
+        view = look(x_BCHW, sensor, metadata, checked=metadata is not None and metadata.is_cuda)
+        check_sides(x_BCHW, view.patch_kernel)
+        if view.patch_kernel < 3:  # the convolution's padding then adds a row and a column of tokens
+            raise InputError(f"sensor {sensor.name!r}: a masked autoencoder needs patches of at least 3 x 3 pixels")
+        tokens = view.grid[0] * view.grid[1]
+        kept = int(tokens * (1 - self.mask_ratio))
+        if not 0 < kept < tokens:
+            raise InputError(
+                f"sensor {sensor.name!r}: {tokens} tokens with mask_ratio={self.mask_ratio} leave {kept} to see; "
+                "give larger images"
+            )
+        if tuple(noise_BL.shape) != (x_BCHW.shape[0], tokens):
+            raise InputError(
+                f"sensor {sensor.name!r}: noise has shape {tuple(noise_BL.shape)}, expected {(x_BCHW.shape[0], tokens)}"
+            )
+        order_BL = noise_BL.to(x_BCHW.device).argsort(dim=1)
+        kept_BX, hidden_BX = order_BL[:, :kept], order_BL[:, kept:]
+        return Masked(dataclasses.replace(view, kept_BX=kept_BX), kept_BX, hidden_BX)
+
+    def losses(self, masked: Sequence[Masked], whole: Sequence[View] = ()) -> tuple[list[Tensor], list[Tensor]]:
+        """The loss of each row (B,) of each masked view: mean squared error over its hidden patches.
+
+        Args:
+            whole: views that go through the encoder beside them, unmasked (distillation).
+
+        Returns:
+            The losses of ``masked``; the tokens (B, T, D) of ``whole``, un-normed.
+        """
+        latents, codes, tokens = self._encode(masked, whole)
+        decoded = self._decode(masked, latents)
+        losses = []
+        for part, y_BTE, kernel_CPE in zip(masked, decoded, self._predictors(masked, codes), strict=True):
+            hidden_BXE = y_BTE[:, 1:].gather(1, part.hidden_BX[..., None].expand(-1, -1, y_BTE.shape[2]))
+            pred_BXCQ = predict_patches(hidden_BXE, kernel_CPE, part.view.patch_kernel)
+            losses.append(self._compare(part, pred_BXCQ))
+        return losses, tokens
 
     def forward_sensor(
         self,
@@ -185,82 +269,71 @@ class MaskedAutoencoder(CopernicusFMViT):
         noise_BL: Tensor,
         channels: Sequence[int] | None = None,
     ) -> SensorResult:
-        """Mask, encode, decode and compare one sensor's images.
+        """Mask, encode, decode and compare one sensor's images, and keep what ``losses`` does not: see ``hide``."""
+        masked = self.hide(x_BCHW, sensor, metadata, noise_BL, channels)
+        latents, codes, _ = self._encode([masked])
+        (y_BTE,), (kernel_CPE,) = self._decode([masked], latents), self._predictors([masked], codes)
+        pred_BLCQ = predict_patches(y_BTE[:, 1:], kernel_CPE, masked.view.patch_kernel)
+        hidden_BXCQ = pred_BLCQ.gather(1, masked.hidden_BX[..., None, None].expand(-1, -1, *pred_BLCQ.shape[2:]))
+        return SensorResult(
+            loss_B=self._compare(masked, hidden_BXCQ),
+            pred_BLV=pred_BLCQ.flatten(2) if self.published else pred_BLCQ.transpose(2, 3).flatten(2),
+            mask_BL=torch.ones_like(noise_BL).scatter(1, masked.kept_BX, 0.0),
+            latent_BTD=latents[0],
+        )
 
-        Args:
-            x_BCHW: normalised images; sides are multiples of the sensor's patch kernel.
-            sensor: what the channels are.
-            metadata: (B, 4) rows, NaN for unknown; None: all unknown.
-            noise_BL: one number per token; the patches with the smallest are kept.
-            channels: bands to use (indices); all by default.
+    def _encode(
+        self, masked: Sequence[Masked], whole: Sequence[View] = ()
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Normed tokens (B, T, D) and codes (C, 128) of each masked view; un-normed tokens of each whole one."""
+        sequences, kernels = self.embed([*(part.view for part in masked), *whole])
+        out = run_blocks(self.blocks, sequences, self.recompute)
+        z_ND, _ = pack(out[: len(masked)])
+        latents = unpack(self.norm(z_ND), out[: len(masked)])
+        return latents, [kernel.code_CK for kernel in kernels[: len(masked)]], out[len(masked) :]
 
-        Raises:
-            InputError: bands, sides or noise do not fit, or so few tokens that none would be kept or hidden.
-        """
-        metadata_B4 = check_metadata(metadata, x_BCHW.shape[0])
-        if channels is not None:
-            x_BCHW, sensor = x_BCHW[:, list(channels)], sensor.select(channels)
-        target_BLV = patchify(x_BCHW, sensor.patch_kernel)
-        tokens = target_BLV.shape[1]
-        kept = int(tokens * (1 - self.mask_ratio))
-        if not 0 < kept < tokens:
-            raise InputError(
-                f"sensor {sensor.name!r}: {tokens} tokens with mask_ratio={self.mask_ratio} leave {kept} to see; "
-                "give larger images"
-            )
-        if tuple(noise_BL.shape) != tuple(target_BLV.shape[:2]):
-            raise InputError(
-                f"sensor {sensor.name!r}: noise has shape {tuple(noise_BL.shape)}, "
-                f"expected {tuple(target_BLV.shape[:2])}"
-            )
-
-        z_BTD, grid, code_CK = self.embed(x_BCHW, metadata_B4, sensor, None)
-        order_BL = noise_BL.to(z_BTD.device).argsort(dim=1)
-        restore_BL = order_BL.argsort(dim=1)
-        mask_BL = (restore_BL >= kept).to(z_BTD.dtype)
-        kept_BTD = z_BTD[:, 1:].gather(1, order_BL[:, :kept, None].expand(-1, -1, z_BTD.shape[2]))
-        latent_BTD = torch.cat([z_BTD[:, :1], kept_BTD], dim=1)
-        for block in self.blocks:
-            latent_BTD = block(latent_BTD)
-        latent_BTD = self.norm(latent_BTD)
-
-        pred_BLV = self.decode(latent_BTD, restore_BL, metadata_B4, grid, sensor, code_CK)
-        if self.norm_pix_loss:
-            mean_BL1, std_BL1 = _patch_statistics(target_BLV)
-            target_BLV = (target_BLV - mean_BL1) / std_BL1
-        error_BL = (pred_BLV - target_BLV).square().mean(dim=2)
-        loss_B = (error_BL * mask_BL).sum(dim=1) / mask_BL.sum(dim=1)
-        return SensorResult(loss_B, pred_BLV, mask_BL, latent_BTD)
-
-    def decode(
-        self,
-        latent_BTD: Tensor,
-        restore_BL: Tensor,
-        metadata_B4: Tensor,
-        grid: tuple[int, int],
-        sensor: Sensor,
-        code_CK: Tensor,
-    ) -> Tensor:
-        """Encoded tokens -> predicted values (B, L, V) of all patches.
-
-        Args:
-            restore_BL: for each patch, its place among [kept tokens, mask tokens].
-            code_CK: the encoder's codes of the sensor's channels.
-        """
-        y_BTE = self.decoder_embed(latent_BTD)
-        batch, tokens = restore_BL.shape
-        hidden_BXE = self.mask_token.expand(batch, tokens + 1 - y_BTE.shape[1], -1)
-        y_BLE = torch.cat([y_BTE[:, 1:], hidden_BXE], dim=1)
-        y_BLE = y_BLE.gather(1, restore_BL[..., None].expand(-1, -1, y_BLE.shape[2]))
+    def _decode(self, masked: Sequence[Masked], latents: Sequence[Tensor]) -> list[Tensor]:
+        """Encoded tokens -> normed decoder tokens (B, 1 + L, E) in the order of the image."""
+        y_NE, _ = pack(latents)
+        sequences = []
         unknown = (self.coord_token_dec, self.scale_token_dec, self.time_token_dec)
         layers = (self.coord_fc_decoder, self.scale_fc_decoder, self.time_fc_decoder)
-        y_BTE = torch.cat([y_BTE[:, :1], y_BLE], dim=1)
-        y_BTE = y_BTE + resize_table(self.decoder_pos_embed, grid)
-        y_BTE = y_BTE + embed_metadata(metadata_B4, unknown, layers, self.cartesian)
-        for block in self.decoder_blocks:
-            y_BTE = block(y_BTE)
-        predict = self.decoder_pred_spectral if sensor.spectral else self.decoder_pred_variable
-        return predict(self.decoder_norm(y_BTE)[:, 1:], code_CK, sensor.patch_kernel, self.published)
+        metadata_S4 = torch.cat([part.view.metadata_B4 for part in masked])
+        placed_S1E = embed_metadata(metadata_S4, unknown, layers, self.cartesian)
+        for part, y_BTE, placed_B1E in zip(
+            masked,
+            unpack(self.decoder_embed(y_NE), latents),
+            placed_S1E.split([latent.shape[0] for latent in latents]),
+            strict=True,
+        ):
+            position_1TE = fixed_positions(self._derived, self.decoder_pos_embed, part.view.grid)
+            tokens = part.kept_BX.shape[1] + part.hidden_BX.shape[1]
+            y_BLE = self.mask_token.to(y_BTE.dtype).expand(y_BTE.shape[0], tokens, -1)
+            y_BLE = y_BLE.scatter(1, part.kept_BX[..., None].expand_as(y_BTE[:, 1:]), y_BTE[:, 1:])
+            sequences.append(torch.cat([y_BTE[:, :1], y_BLE], dim=1) + position_1TE + placed_B1E)
+        out = run_blocks(self.decoder_blocks, sequences, self.recompute)
+        return unpack(self.decoder_norm(pack(out)[0]), out)
+
+    def _predictors(self, masked: Sequence[Masked], codes: Sequence[Tensor]) -> list[Tensor]:
+        """The kernels (C, P, E) that turn decoder tokens into each view's pixels; ``codes`` are the encoder's."""
+        made: dict[int, Tensor] = {}
+        for spectral, predictor in ((True, self.decoder_pred_spectral), (False, self.decoder_pred_variable)):
+            mine = [i for i, part in enumerate(masked) if part.view.sensor.spectral == spectral]
+            if mine:
+                made |= zip(mine, predictor([codes[i] for i in mine]), strict=True)
+        return [made[i] for i in range(len(masked))]
+
+    def _compare(self, masked: Masked, pred_BXCQ: Tensor) -> Tensor:
+        """Mean squared error of each row's hidden patches: (B,)."""
+        pixels_BhwCkk = cut_patches(masked.view.x_BCHW, masked.view.patch_kernel, shift=0)
+        target_BXCQ = take_patches(pixels_BhwCkk, masked.hidden_BX)
+        if self.norm_pix_loss:
+            target_BXCQ = _normalised(target_BXCQ)
+        if self.published:
+            # The published decoder puts out values ordered (channel, row, column) while its targets are ordered (row,
+            # column, channel): with several channels it pairs them wrongly, and differently for each draw of channels.
+            target_BXCQ = target_BXCQ.transpose(2, 3).reshape(target_BXCQ.shape)
+        return (pred_BXCQ.float() - target_BXCQ).square().mean(dim=(1, 2, 3))
 
     def student(self, x_BCHW: Tensor, sensor: Sensor, metadata: Tensor | None) -> Tensor:
         """What distillation compares with the teacher: (B, distill_dim), from all tokens, class token and un-normed."""
@@ -307,10 +380,15 @@ class MaskedAutoencoder(CopernicusFMViT):
         }
 
 
-def _patch_statistics(patches_BLV: Tensor) -> tuple[Tensor, Tensor]:
-    mean_BL1 = patches_BLV.mean(dim=2, keepdim=True)
-    variance_BL1 = patches_BLV.var(dim=2, keepdim=True)  # unbiased, as published
-    return mean_BL1, (variance_BL1 + NORM_PIX_EPS).sqrt()
+def _patch_statistics(patches_BXV: Tensor) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(patches_BXV, dim=2, keepdim=True)  # unbiased, as published
+    return mean, (variance + NORM_PIX_EPS).sqrt()
+
+
+def _normalised(patches_BXCQ: Tensor) -> Tensor:
+    """Each patch with mean 0 and variance 1 over all its values."""
+    mean, std = _patch_statistics(patches_BXCQ.flatten(2))
+    return (patches_BXCQ - mean[..., None]) / std[..., None]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,18 +1,27 @@
 """Patch embedding by hypernetwork: the kernel for a channel is generated from its wavelength, or its variable's name.
 
-Shapes: B batch, C channels, H W image, K = 128 code width, D embedding width, p q kernel sides, h w token grid,
-L = h*w tokens, P = 16*16 pixels of a generated kernel.
+Shapes: B batch, C channels, H W image, K = 128 code width, D width of the tokens, k side of a patch, Q = k*k its pixels,
+h w token grid, L = h*w tokens, X tokens looked at (all L, or those kept), P = 16*16 pixels of a generated kernel,
+N tokens of several sequences in one row.
+
+A kernel W of 16 x 16 serves any patch size through a fixed matrix M (Q, P), FlexiViT's resize: the kernel for k x k
+pixels is M W. For small patches that is what is computed. For patches above 16 x 16 the same product is cheaper the
+other way round, (patch M) W: no kernel of k x k is ever made.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError, Sensor
+from copernicus.models.attention import attend
 from copernicus.models.fourier import BANDWIDTH_NM, WAVELENGTH_NM, fourier_expansion
 from copernicus.models.language import LANGUAGE_DIM, LanguageTable
 
@@ -57,6 +66,31 @@ def token_grid(height: int, width: int, patch_kernel: int) -> tuple[int, int]:
     return h, w
 
 
+def cut_patches(x_BCHW: Tensor, patch_kernel: int, shift: int) -> Tensor:
+    """Patches of an image as a view (B, h, w, C, k, k).
+
+    Args:
+        shift: 1 for what the encoder sees (the convolution's padding moves its grid up and left by one pixel, and zeros
+            come in there); 0 for the pixels that a decoder predicts.
+    """
+    height, width = x_BCHW.shape[2:]
+    h, w = token_grid(height, width, patch_kernel) if shift else (height // patch_kernel, width // patch_kernel)
+    bottom, right = h * patch_kernel - height - shift, w * patch_kernel - width - shift
+    if shift or bottom or right:
+        x_BCHW = F.pad(x_BCHW, (shift, right, shift, bottom))
+    x_BChkwk = x_BCHW.unflatten(3, (w, patch_kernel)).unflatten(2, (h, patch_kernel))
+    return x_BChkwk.permute(0, 2, 4, 1, 3, 5)
+
+
+def take_patches(patches_BhwCkk: Tensor, chosen_BX: Tensor | None) -> Tensor:
+    """Those patches (row-major numbers), or all: (B, X, C, Q). Only what is chosen is copied."""
+    if chosen_BX is None:
+        return patches_BhwCkk.flatten(4).flatten(1, 2)
+    row_B1 = torch.arange(chosen_BX.shape[0], device=chosen_BX.device)[:, None]
+    width = patches_BhwCkk.shape[2]
+    return patches_BhwCkk[row_B1, chosen_BX // width, chosen_BX % width].flatten(3)
+
+
 class ResidualBlock(nn.Module):
     """x + relu(W2 relu(W1 x)) on channel codes."""
 
@@ -82,12 +116,38 @@ class WeightGenerator(nn.Module):
         self.fc_weight = nn.Linear(CODE_DIM, GENERATED_KERNEL**2 * dim)
         self.fc_bias = nn.Linear(CODE_DIM, dim)
 
-    def forward(self, code_CK: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes -> kernels (C, P, D), unscaled, and the bias token's output (K,), to which fc_bias applies."""
-        tokens = torch.cat([self.weight_tokens, code_CK, self.bias_token])
-        out = self.transformer_encoder(tokens)
-        kernel_CX = self.fc_weight(out[CODE_DIM:-1] + code_CK)
-        return kernel_CX.view(code_CK.shape[0], GENERATED_KERNEL**2, self.dim), out[-1]
+    def forward(self, codes: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Codes (C, K) of each sensor -> its kernels (C, P, D), unscaled, and the output of its bias token (K,), to
+        which ``fc_bias`` applies.
+
+        The sensors do not see each other; they share the matrix products, so that the 128 x 256 D numbers of
+        ``fc_weight`` are read once, and get their gradient once.
+        """
+        lengths = [CODE_DIM + code_CK.shape[0] + 1 for code_CK in codes]
+        sequences = [torch.cat([self.weight_tokens, code_CK, self.bias_token]) for code_CK in codes]
+        out = self._transform(torch.cat(sequences), lengths).split(lengths)
+        entering = torch.cat([o[CODE_DIM:-1] + code_CK for o, code_CK in zip(out, codes, strict=True)])
+        kernels = self.fc_weight(entering).unflatten(1, (GENERATED_KERNEL**2, self.dim))
+        split = kernels.split([code_CK.shape[0] for code_CK in codes])
+        return [(kernel_CPD, o[-1]) for kernel_CPD, o in zip(split, out, strict=True)]
+
+    def _transform(self, z_NK: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The post-norm transformer layer, over sequences of these lengths."""
+        layer = self.transformer_encoder.layers[0]
+        qkv_NX = F.linear(z_NK, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
+        seen_NK = attend(qkv_NX, layer.self_attn.num_heads, [(1, length) for length in lengths])
+        z_NK = layer.norm1(z_NK + layer.self_attn.out_proj(seen_NK))
+        return layer.norm2(z_NK + layer.linear2(F.gelu(layer.linear1(z_NK))))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a hypernetwork makes for one sensor: its channels' codes after the residual block (C, K), kernels (C, P, D),
+    or (C, Q, D) once fitted to small patches, and bias (D,), the two unscaled."""
+
+    code_CK: Tensor
+    weight_CPD: Tensor
+    bias_D: Tensor
 
 
 @functools.cache
@@ -99,71 +159,83 @@ def _spectral_code(wavelengths_nm: tuple[float, ...], bandwidths_nm: tuple[float
     return wavelength_CK + fourier_expansion(torch.tensor(bandwidths_nm), BANDWIDTH_NM, CODE_DIM)
 
 
-class PatchEmbed(nn.Module):
-    """Image -> tokens by a generated convolution with stride k and padding 1.
-
-    The padding is the published model's: token t sees pixels t*k-1 .. t*k+k-2, and the last row and column are never
-    seen. Its weights expect that.
-    """
+class SpectralPatchEmbed(nn.Module):
+    """The hypernetwork for sensors whose bands have wavelengths and bandwidths."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight_generator = WeightGenerator(dim)
         self.fclayer = ResidualBlock(CODE_DIM)
 
-    def code(self, sensor: Sensor) -> Tensor:
-        """The channels' codes (C, K) after the residual block."""
-        raise NotImplementedError
-
-    def forward(self, x_BCHW: Tensor, code_CK: Tensor, patch_kernel: int) -> Tensor:
-        """Normalised image (B, C, H, W) and its channels' codes -> tokens (B, D, h, w)."""
-        kernel_CPD, bias_K = self.weight_generator(code_CK)
-        size = (patch_kernel, patch_kernel)
-        kernel_CPD = resize_kernel(kernel_CPD, (GENERATED_KERNEL, GENERATED_KERNEL), size)
-        kernel_CpqD = KERNEL_SCALE * kernel_CPD.unflatten(1, size)
-        bias_D = KERNEL_SCALE * self.weight_generator.fc_bias(bias_K)
-        return F.conv2d(x_BCHW, kernel_CpqD.permute(3, 0, 1, 2), bias_D, stride=patch_kernel, padding=1)
-
-
-class PatchPredictor(nn.Module):
-    """Decoder tokens -> pixels, by a Linear layer generated from the channels' codes.
-
-    The published decoder puts out values ordered (channel, row, column) while its targets are ordered (row, column,
-    channel); with several channels it pairs them wrongly, and differently for each draw of channels. ``published``
-    keeps that; otherwise values come ordered as the targets are.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight_generator = WeightGenerator(dim)
-
-    def forward(self, z_BLD: Tensor, code_CK: Tensor, patch_kernel: int, published: bool) -> Tensor:
-        """Tokens (B, L, D) -> values (B, L, k*k*C), of one patch each."""
-        kernel_CPD, _ = self.weight_generator(code_CK)
-        size = (patch_kernel, patch_kernel)
-        kernel_CPD = KERNEL_SCALE * resize_kernel(kernel_CPD, (GENERATED_KERNEL, GENERATED_KERNEL), size)
-        ordered = kernel_CPD if published else kernel_CPD.transpose(0, 1)
-        return F.linear(z_BLD, ordered.reshape(-1, kernel_CPD.shape[-1]))
-
-
-class SpectralPatchEmbed(PatchEmbed):
-    """For sensors whose bands have wavelengths and bandwidths."""
-
-    def code(self, sensor: Sensor) -> Tensor:
+    def descriptions(self, sensor: Sensor) -> Tensor:
+        """Fourier codes of the bands: (C, K), before the residual block."""
         device = str(self.fclayer.w1.weight.device)
-        return self.fclayer(_spectral_code(sensor.wavelengths_nm, sensor.bandwidths_nm, device))
+        return _spectral_code(sensor.wavelengths_nm, sensor.bandwidths_nm, device)
+
+    def forward(self, sensors: Sequence[Sensor]) -> list[Kernel]:
+        """The kernels of each sensor."""
+        described = torch.cat([self.descriptions(sensor) for sensor in sensors])
+        codes = self.fclayer(described).split([sensor.channels for sensor in sensors])
+        made = self.weight_generator(codes)
+        bias_SD = self.weight_generator.fc_bias(torch.stack([bias_K for _, bias_K in made]))
+        return [Kernel(code, kernel, bias) for code, (kernel, _), bias in zip(codes, made, bias_SD, strict=True)]
 
 
-class VariablePatchEmbed(PatchEmbed):
-    """For variables, described by the language embedding of their name."""
+class VariablePatchEmbed(SpectralPatchEmbed):
+    """The hypernetwork for variables, described by the language embedding of their name."""
 
     def __init__(self, dim: int, language: LanguageTable) -> None:
         super().__init__(dim)
         self.language = language
         self.language_proj = nn.Linear(LANGUAGE_DIM, CODE_DIM)
 
-    def code(self, sensor: Sensor) -> Tensor:
+    def descriptions(self, sensor: Sensor) -> Tensor:
+        """The projected embedding of the variable's name: (1, K)."""
         if sensor.channels != 1:
             raise InputError(f"sensor {sensor.name!r}: a variable has one band, this one has {sensor.channels}")
         vector = self.language.vector(sensor.variable).to(self.language_proj.weight.device)
-        return self.fclayer(self.language_proj(vector)[None])
+        return self.language_proj(vector)[None]
+
+
+def fit_kernel(kernel: Kernel, patch_kernel: int) -> Kernel:
+    """The kernel for patches of k x k pixels: resized where that is the cheaper way round (see the top)."""
+    if patch_kernel >= GENERATED_KERNEL:
+        return kernel
+    generated = (GENERATED_KERNEL, GENERATED_KERNEL)
+    weight_CQD = resize_kernel(kernel.weight_CPD, generated, (patch_kernel, patch_kernel))
+    return dataclasses.replace(kernel, weight_CPD=weight_CQD)
+
+
+def embed_patches(patches_BXCQ: Tensor, kernel: Kernel, patch_kernel: int) -> Tensor:
+    """Patches of k x k pixels and a kernel fitted to them -> tokens (B, X, D); ``KERNEL_SCALE`` comes in here."""
+    batch, count = patches_BXCQ.shape[:2]
+    if patch_kernel > GENERATED_KERNEL:
+        generated, size = (GENERATED_KERNEL, GENERATED_KERNEL), (patch_kernel, patch_kernel)
+        patches_BXCQ = patches_BXCQ @ kernel_resize_matrix(generated, size, str(patches_BXCQ.device))
+    flat_NV, weight_VD = patches_BXCQ.reshape(batch * count, -1), kernel.weight_CPD.flatten(0, 1)
+    tokens_ND = torch.addmm(kernel.bias_D, flat_NV, weight_VD, beta=KERNEL_SCALE, alpha=KERNEL_SCALE)
+    return tokens_ND.unflatten(0, (batch, count))
+
+
+class PatchPredictor(nn.Module):
+    """Decoder tokens -> pixels, by a Linear layer generated from the channels' codes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight_generator = WeightGenerator(dim)
+
+    def forward(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """Codes (C, K) of each sensor -> its kernels (C, P, E), unscaled, E the decoder's width."""
+        return [kernel_CPE for kernel_CPE, _ in self.weight_generator(codes)]
+
+
+def predict_patches(z_BXE: Tensor, kernel_CPE: Tensor, patch_kernel: int) -> Tensor:
+    """Decoder tokens -> values (B, X, C, Q) of one patch each."""
+    generated, size = (GENERATED_KERNEL, GENERATED_KERNEL), (patch_kernel, patch_kernel)
+    z_BXE = z_BXE * KERNEL_SCALE
+    channels, dim = kernel_CPE.shape[0], kernel_CPE.shape[2]
+    if patch_kernel > GENERATED_KERNEL:
+        values_BXCP = F.linear(z_BXE, kernel_CPE.reshape(-1, dim)).unflatten(2, (channels, -1))
+        return F.linear(values_BXCP, kernel_resize_matrix(generated, size, str(z_BXE.device)))
+    kernel_CQE = resize_kernel(kernel_CPE, generated, size)
+    return F.linear(z_BXE, kernel_CQE.reshape(-1, dim)).unflatten(2, (channels, -1))

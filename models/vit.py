@@ -1,22 +1,37 @@
 """The Copernicus-FM encoder: a vision transformer for any sensor, with kernels and metadata made on the fly.
 
 Facts: paper arXiv 2503.11849 and its public implementation. Names and shapes of the state dict are the published ones.
-Shapes: B batch, C channels, H W image, D width, h w token grid, L = h*w patch tokens, T = 1 + L tokens.
+Shapes: B batch, C channels, H W image, D width, h w token grid, L = h*w patch tokens, X those of them that enter (all,
+or the ones that masking keeps), T = 1 + X tokens, N the tokens of several batches one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from copernicus.datasets.sensors import METADATA_FIELDS, InputError, Sensor
 from copernicus.models import fourier
+from copernicus.models.attention import Groups, attend, pack, unpack
+from copernicus.models.derived import Derived
 from copernicus.models.initialise import initialise
 from copernicus.models.language import LanguageTable
-from copernicus.models.patch_embed import PatchEmbed, SpectralPatchEmbed, VariablePatchEmbed, token_grid
+from copernicus.models.patch_embed import (
+    Kernel,
+    SpectralPatchEmbed,
+    VariablePatchEmbed,
+    cut_patches,
+    embed_patches,
+    fit_kernel,
+    take_patches,
+    token_grid,
+)
 from copernicus.models.position import resize_table, sincos_table
 
 _METADATA_LIMITS = ((-180.0, 360.0), (-90.0, 90.0), (-1e7, 1e7), (0.0, fourier.AREA_KM2[1]))
@@ -29,9 +44,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, z_BTD: Tensor) -> Tensor:
-        q, k, v = self.qkv(z_BTD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, z_ND: Tensor, groups: Groups) -> Tensor:
+        return self.proj(attend(self.qkv(z_ND), self.num_heads, groups))
 
 
 class Mlp(nn.Module):
@@ -40,8 +54,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, z_BTD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(z_BTD)))
+    def forward(self, z_ND: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(z_ND)))
 
 
 class Block(nn.Module):
@@ -54,9 +68,86 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, z_BTD: Tensor) -> Tensor:
-        z_BTD = z_BTD + self.attn(self.norm1(z_BTD))
-        return z_BTD + self.mlp(self.norm2(z_BTD))
+    def forward(self, z_ND: Tensor, groups: Groups) -> Tensor:
+        """Tokens of sequences that do not see each other -> the same after this block; see ``attention.pack``."""
+        z_ND = z_ND + self.attn(self.norm1(z_ND), groups)
+        return z_ND + self.mlp(self.norm2(z_ND))
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    sequences: Sequence[Tensor],
+    recompute: bool = False,
+    after: Callable[[int, list[Tensor]], None] | None = None,
+) -> list[Tensor]:
+    """Batches of sequences (B, T, D), each with its own B and T, in one pass over the blocks.
+
+    Every matrix product then sees the tokens of all batches, and every weight gets its gradient once.
+
+    Args:
+        recompute: keep a block's input alone for the backward pass (activation checkpointing).
+        after: called with each block's number and its output.
+    """
+    z_ND, groups = pack(sequences)
+    for number, block in enumerate(blocks):
+        if recompute and torch.is_grad_enabled():
+            z_ND = checkpoint(block, z_ND, groups, use_reentrant=False)
+        else:
+            z_ND = block(z_ND, groups)
+        if after is not None:
+            after(number, unpack(z_ND, sequences))
+    return unpack(z_ND, sequences)
+
+
+@dataclass(frozen=True)
+class View:
+    """One sensor's images on their way into the encoder.
+
+    Attributes:
+        x_BCHW: normalised images.
+        sensor: what the channels are.
+        patch_kernel: side of a patch, pixels.
+        metadata_B4: checked rows, NaN for unknown.
+        kept_BX: the patches that enter (row-major numbers), in this order; None: all.
+    """
+
+    x_BCHW: Tensor
+    sensor: Sensor
+    patch_kernel: int
+    metadata_B4: Tensor
+    kept_BX: Tensor | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The token grid (h, w) of the whole image."""
+        return token_grid(self.x_BCHW.shape[2], self.x_BCHW.shape[3], self.patch_kernel)
+
+
+def look(
+    x_BCHW: Tensor,
+    sensor: Sensor,
+    metadata: Tensor | None,
+    patch_kernel: int | None = None,
+    checked: bool = False,
+) -> View:
+    """A view of all patches of a user's images, checked.
+
+    Args:
+        checked: the metadata's values were looked at before; to look at them makes a GPU wait.
+
+    Raises:
+        InputError: not a batch of the sensor's bands, an image smaller than one patch, or impossible metadata.
+    """
+    if x_BCHW.ndim != 4 or x_BCHW.shape[1] != sensor.channels:
+        raise InputError(
+            f"sensor {sensor.name!r}: expected a batch of shape (B, {sensor.channels}, H, W), got {tuple(x_BCHW.shape)}"
+        )
+    metadata_B4 = metadata if checked and metadata is not None else check_metadata(metadata, x_BCHW.shape[0])
+    view = View(x_BCHW, sensor, patch_kernel or sensor.patch_kernel, metadata_B4)
+    if view.patch_kernel < 1:
+        raise InputError(f"sensor {sensor.name!r}: a patch of {view.patch_kernel} pixels cannot be")
+    assert view.grid
+    return view
 
 
 def check_metadata(metadata_B4: Tensor | None, batch: int) -> Tensor:
@@ -97,7 +188,7 @@ def embed_metadata(
     CPU: no wait for the device).
 
     Args:
-        metadata_B4: rows of (lon, lat, days, token area), checked.
+        metadata_B4: rows of (lon, lat, days, token area), checked: what is out of range is not noticed here.
         tokens: learned (1, 1, D) stand-ins for unknown place, area and time.
         layers: Linear(D -> D) of place, area and time.
         cartesian: place as unit-sphere coordinates.
@@ -118,6 +209,14 @@ def embed_metadata(
     chosen_B3D = torch.where(known_B3[..., None].to(device), expanded_B3D.to(device), unknown_13D)
     place_BD, area_BD, time_BD = (layer(chosen_B3D[:, i]) for i, layer in enumerate(layers))
     return (place_BD + area_BD + time_BD)[:, None]
+
+
+def fixed_positions(derived: Derived, table_1TD: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A position table for a token grid. A frozen one is resized once for each grid."""
+    if table_1TD.requires_grad:
+        return resize_table(table_1TD, grid)
+    with torch.inference_mode(False):  # a table made in inference mode could not serve training later
+        return derived.get(("positions", id(table_1TD), grid), [table_1TD], lambda: resize_table(table_1TD, grid))
 
 
 def default_levels(depth: int) -> tuple[int, ...]:
@@ -167,6 +266,9 @@ class CopernicusFMViT(nn.Module):
         self.global_pool = global_pool
         self.cartesian = cartesian
         self.language = language if language is not None else LanguageTable()
+        self.recompute = False
+        """True: activation checkpointing; blocks are computed again in the backward pass, for less memory."""
+        self._derived = Derived()
         grid = image_size // patch_size
         with torch.device("meta"):  # layers fill themselves from the global random state; initialise() does not
             self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -190,34 +292,66 @@ class CopernicusFMViT(nn.Module):
         with torch.no_grad():
             self.pos_embed.copy_(sincos_table(embed_dim, grid))
 
-    def patch_tokens(self, x_BCHW: Tensor, sensor: Sensor, patch_kernel: int | None) -> tuple[Tensor, Tensor]:
-        """Normalised image -> tokens (B, D, h, w) and the channels' codes (C, 128).
+    def kernels(self, views: Sequence[View]) -> list[Kernel]:
+        """The patch kernels of each view's sensor, fitted to its patches.
 
-        Raises:
-            InputError: not a batch of the sensor's bands, or an image smaller than one patch.
+        Without gradients, in evaluation mode, they are kept for the next batch, until a weight changes.
         """
-        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != sensor.channels:
-            raise InputError(
-                f"sensor {sensor.name!r}: expected a batch of shape (B, {sensor.channels}, H, W), "
-                f"got {tuple(x_BCHW.shape)}"
-            )
-        patch_kernel = patch_kernel or sensor.patch_kernel
-        token_grid(x_BCHW.shape[2], x_BCHW.shape[3], patch_kernel)
-        embed: PatchEmbed = self.patch_embed_spectral if sensor.spectral else self.patch_embed_variable
-        code_CK = embed.code(sensor)
-        return embed(x_BCHW, code_CK, patch_kernel), code_CK
+        if self.training or torch.is_grad_enabled():
+            return self._generate(views)
+        kernels = []
+        for view in views:
+            autocast = torch.is_autocast_enabled(self.cls_token.device.type)
+            key = (view.sensor, view.patch_kernel, autocast and torch.get_autocast_dtype(self.cls_token.device.type))
+            embed = self.patch_embed_spectral if view.sensor.spectral else self.patch_embed_variable
+            sources: list[Tensor] = list(embed.parameters())
+            if not view.sensor.spectral:
+                sources.append(self.patch_embed_variable.language.vector(view.sensor.variable))
+            kernels.append(self._derived.get(key, sources, functools.partial(self._generate_one, view)))
+        return kernels
 
-    def embed(
-        self, x_BCHW: Tensor, metadata_B4: Tensor, sensor: Sensor, patch_kernel: int | None
-    ) -> tuple[Tensor, tuple[int, int], Tensor]:
-        """What enters the first block: tokens (B, T, D), the class token first; their grid; the channels' codes."""
-        tokens_BDhw, code_CK = self.patch_tokens(x_BCHW, sensor, patch_kernel)
-        grid = (tokens_BDhw.shape[2], tokens_BDhw.shape[3])
+    def _generate_one(self, view: View) -> Kernel:
+        return self._generate([view])[0]
+
+    def _generate(self, views: Sequence[View]) -> list[Kernel]:
+        made: dict[int, Kernel] = {}
+        for spectral, embed in ((True, self.patch_embed_spectral), (False, self.patch_embed_variable)):
+            mine = [i for i, view in enumerate(views) if view.sensor.spectral == spectral]
+            if mine:
+                made |= zip(mine, embed([views[i].sensor for i in mine]), strict=True)
+        return [fit_kernel(made[i], view.patch_kernel) for i, view in enumerate(views)]
+
+    def patch_tokens(self, views: Sequence[View], kernels: Sequence[Kernel]) -> list[Tensor]:
+        """The tokens (B, X, D) of each view's patches, before positions and metadata."""
+        return [
+            embed_patches(
+                take_patches(cut_patches(view.x_BCHW, view.patch_kernel, shift=1), view.kept_BX),
+                kernel,
+                view.patch_kernel,
+            )
+            for view, kernel in zip(views, kernels, strict=True)
+        ]
+
+    def embed(self, views: Sequence[View]) -> tuple[list[Tensor], list[Kernel]]:
+        """What enters the first block, for each view: tokens (B, T, D), the class token first; and its kernels."""
+        kernels = self.kernels(views)
         unknown = (self.coord_token, self.scale_token, self.time_token)
         layers = (self.coord_fc, self.scale_fc, self.time_fc)
-        added_BTD = resize_table(self.pos_embed, grid) + embed_metadata(metadata_B4, unknown, layers, self.cartesian)
-        patches_BLD = tokens_BDhw.flatten(2).transpose(1, 2) + added_BTD[:, 1:]
-        return torch.cat([self.cls_token + added_BTD[:, :1], patches_BLD], dim=1), grid, code_CK
+        metadata_S4 = torch.cat([view.metadata_B4 for view in views])
+        placed_S1D = embed_metadata(metadata_S4, unknown, layers, self.cartesian)
+        sequences = []
+        for view, patches_BXD, placed_B1D in zip(
+            views, self.patch_tokens(views, kernels), placed_S1D.split([v.x_BCHW.shape[0] for v in views]), strict=True
+        ):
+            position_1TD = self.positions(view.grid)
+            position_BXD = position_1TD[:, 1:] if view.kept_BX is None else position_1TD[0, 1 + view.kept_BX]
+            class_B1D = self.cls_token + position_1TD[:, :1] + placed_B1D
+            sequences.append(torch.cat([class_B1D, patches_BXD + position_BXD + placed_B1D], dim=1))
+        return sequences, kernels
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table of a token grid: (1, 1 + h*w, D)."""
+        return fixed_positions(self._derived, self.pos_embed, grid)
 
     def forward_tokens(
         self,
@@ -228,15 +362,21 @@ class CopernicusFMViT(nn.Module):
         patch_kernel: int | None = None,
         levels: Sequence[int] = (),
     ) -> tuple[Tensor, list[Tensor]]:
-        """Tokens (B, T, D) after the last block, un-normed; patch tokens (B, D, h, w) after each block in levels."""
-        z_BTD, grid, _ = self.embed(x_BCHW, check_metadata(metadata, x_BCHW.shape[0]), sensor, patch_kernel)
-        taken: dict[int, Tensor] = {}
-        for index, block in enumerate(self.blocks):
-            z_BTD = block(z_BTD)
-            if index in levels:
-                taken[index] = z_BTD[:, 1:].transpose(1, 2).unflatten(2, grid)
-        if missing := [level for level in levels if level not in taken]:
+        """Tokens (B, T, D) after the last block, un-normed; patch tokens (B, D, h, w) after each block in levels.
+
+        Raises:
+            InputError: see ``forward_features``; or a level that is no block.
+        """
+        if missing := [level for level in levels if not 0 <= level < len(self.blocks)]:
             raise InputError(f"levels {missing} do not exist: the encoder has blocks 0..{len(self.blocks) - 1}")
+        view = look(x_BCHW, sensor, metadata, patch_kernel)
+        taken: dict[int, Tensor] = {}
+
+        def take(number: int, out: list[Tensor]) -> None:
+            if number in levels:
+                taken[number] = out[0][:, 1:].transpose(1, 2).unflatten(2, view.grid)
+
+        (z_BTD,) = run_blocks(self.blocks, self.embed([view])[0], self.recompute, take if levels else None)
         return z_BTD, [taken[level] for level in levels]
 
     def forward_features(

@@ -15,6 +15,7 @@ from copernicus.datasets.order import Order, generator
 from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
+from copernicus.models.masked_autoencoder import MaskedAutoencoder
 from copernicus.models.zoo import create_model
 from copernicus.platform.experiment import Pretrain
 
@@ -69,23 +70,23 @@ class PerRowLoss(torch.nn.Module):
     parameters, whichever sensors their grids have.
     """
 
-    def __init__(self, autoencoder: torch.nn.Module, sensors: tuple[Sensor, ...]):
+    def __init__(self, autoencoder: MaskedAutoencoder, sensors: tuple[Sensor, ...]):
         super().__init__()
         self.autoencoder = autoencoder
         self.sensors = sensors
 
     def forward(self, batch: dict[str, torch.Tensor], channels: dict[str, list[int] | None]) -> torch.Tensor:
-        losses = []
-        for index, sensor in enumerate(self.sensors):
-            result = self.autoencoder.forward_sensor(  # type: ignore[operator]
+        masked = [
+            self.autoencoder.hide(
                 sensor.normalize(batch[f"x_{sensor.name}"]),
                 sensor,
                 batch["metadata"][:, index],
                 batch[f"noise_{sensor.name}"],
-                channels=channels.get(sensor.name),
+                channels.get(sensor.name),
             )
-            losses.append(result.loss_B)
-        return torch.stack(losses, dim=1)
+            for index, sensor in enumerate(self.sensors)
+        ]
+        return torch.stack(self.autoencoder.losses(masked)[0], dim=1)
 
 
 def weigh(loss_BS: torch.Tensor, present_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,16 +96,17 @@ def weigh(loss_BS: torch.Tensor, present_BS: torch.Tensor) -> tuple[torch.Tensor
     return rows.sum(), (present.sum(1) > 0).sum()
 
 
-def build_autoencoder(plan: Plan) -> torch.nn.Module:
+def build_autoencoder(plan: Plan) -> MaskedAutoencoder:
     """The model that the plan's settings describe, its initial weights drawn from the experiment's seed."""
     settings = plan.settings
-    return create_model(
+    model: MaskedAutoencoder = create_model(
         f"{settings.model.name}_mae",
         seed=plan.seed,
         mask_ratio=settings.mask_ratio,
         norm_pix_loss=settings.norm_pix_loss,
         **settings.model.overrides(),
     )
+    return model
 
 
 def architecture(weights: str | Path) -> tuple[str, dict[str, int]] | None:

@@ -21,6 +21,7 @@ from ray.data.block import Block, BlockAccessor, BlockMetadata
 from copernicus.datasets.index import GridIndex
 from copernicus.datasets.order import Order
 from copernicus.datasets.slices import DrawReader
+from copernicus.models.vit import check_metadata
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
@@ -195,6 +196,8 @@ def tensors(columns: dict[str, np.ndarray], device: torch.device) -> dict[str, t
     """The columns that the model takes. On the CPU images are not copied: they may lie in Ray's read-only memory, and
     whoever takes them makes new ones, as `Sensor.normalize` does."""
     chosen = {k: v for k, v in columns.items() if k not in ("key", "problems", "epoch")}
+    rows_X4 = _as_tensor(columns["metadata"]).flatten(0, 1)
+    check_metadata(rows_X4, len(rows_X4))  # here, before it goes to a GPU: see `MaskedAutoencoder.hide`
     if device.type == "cuda":
         return {k: _as_tensor(v).pin_memory().to(device, non_blocking=True) for k, v in chosen.items()}
     return {k: _as_tensor(v) if k.startswith("x_") else torch.from_numpy(np.array(v)) for k, v in chosen.items()}

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.models import ZOO, DenseHead, LinearHead, create_model, load_weights
+from copernicus.models.vit import look
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 4, "image_size": 64}
 TINY_MAE = {**TINY, "decoder_embed_dim": 20, "decoder_depth": 1, "decoder_num_heads": 4}
@@ -63,7 +64,8 @@ def test_fresh_kernels_have_the_scale_meant_for_them():
     image = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for sensor in (SENSORS["s2_toa"].select([3]), SENSORS["s5p_o3"]):
-            tokens, _ = model.patch_tokens(image, sensor, 16)
+            view = look(image, sensor, None, 16)
+            (tokens,) = model.patch_tokens([view], model.kernels([view]))
             assert 0.04 < float(tokens.std()) < 0.2
 
 

@@ -1,0 +1,47 @@
+"""Values computed from parameters, kept until a parameter changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class Derived:
+    """A small cache of what follows from parameters alone, such as generated kernels or a resized position table.
+
+    An entry is valid while its parameters lie where they lay and no operation has written to them: optimisers,
+    ``load_state_dict``, ``copy_`` and moves between devices are noticed by torch's own counters. Writing through
+    ``parameter.data`` is not; call ``clear()`` after it.
+    """
+
+    LIMIT = 64
+    """Entries kept; a sweep over sensors and sizes has tens."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[tuple[tuple[int, int], ...], Any]] = {}
+
+    def get(self, key: Hashable, parameters: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
+        """The entry of ``key``, computed anew if it is not there or one of ``parameters`` has changed."""
+        if any(p.is_inference() for p in parameters):  # such tensors do not count what is written to them
+            return compute()
+        stamp = tuple((p.data_ptr(), p._version) for p in parameters)
+        found = self._kept.get(key)
+        if found is not None and found[0] == stamp:
+            return found[1]
+        value = compute()
+        self._kept.pop(key, None)
+        if len(self._kept) >= self.LIMIT:
+            self._kept.pop(next(iter(self._kept)))
+        self._kept[key] = (stamp, value)
+        return value
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Derived:
+        return Derived()  # a copied model has other parameters
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Derived, ()
