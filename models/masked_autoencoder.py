@@ -288,13 +288,11 @@ class MaskedAutoencoder(CopernicusFMViT):
         """Normed tokens (B, T, D) and codes (C, 128) of each masked view; un-normed tokens of each whole one."""
         sequences, kernels = self.embed([*(part.view for part in masked), *whole])
         out = run_blocks(self.blocks, sequences, self.recompute)
-        z_ND, _ = pack(out[: len(masked)])
-        latents = unpack(self.norm(z_ND), out[: len(masked)])
+        latents = unpack(self.norm(pack(out[: len(masked)])), out[: len(masked)])
         return latents, [kernel.code_CK for kernel in kernels[: len(masked)]], out[len(masked) :]
 
     def _decode(self, masked: Sequence[Masked], latents: Sequence[Tensor]) -> list[Tensor]:
         """Encoded tokens -> normed decoder tokens (B, 1 + L, E) in the order of the image."""
-        y_NE, _ = pack(latents)
         sequences = []
         unknown = (self.coord_token_dec, self.scale_token_dec, self.time_token_dec)
         layers = (self.coord_fc_decoder, self.scale_fc_decoder, self.time_fc_decoder)
@@ -302,7 +300,7 @@ class MaskedAutoencoder(CopernicusFMViT):
         placed_S1E = embed_metadata(metadata_S4, unknown, layers, self.cartesian)
         for part, y_BTE, placed_B1E in zip(
             masked,
-            unpack(self.decoder_embed(y_NE), latents),
+            unpack(self.decoder_embed(pack(latents)), latents),
             placed_S1E.split([latent.shape[0] for latent in latents]),
             strict=True,
         ):
@@ -312,7 +310,7 @@ class MaskedAutoencoder(CopernicusFMViT):
             y_BLE = y_BLE.scatter(1, part.kept_BX[..., None].expand_as(y_BTE[:, 1:]), y_BTE[:, 1:])
             sequences.append(torch.cat([y_BTE[:, :1], y_BLE], dim=1) + position_1TE + placed_B1E)
         out = run_blocks(self.decoder_blocks, sequences, self.recompute)
-        return unpack(self.decoder_norm(pack(out)[0]), out)
+        return unpack(self.decoder_norm(pack(out)), out)
 
     def _predictors(self, masked: Sequence[Masked], codes: Sequence[Tensor]) -> list[Tensor]:
         """The kernels (C, P, E) that turn decoder tokens into each view's pixels; ``codes`` are the encoder's."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError, Sensor
-from copernicus.models.attention import attend
+from copernicus.models.attention import attend, packing
 from copernicus.models.fourier import BANDWIDTH_NM, WAVELENGTH_NM, fourier_expansion
 from copernicus.models.language import LANGUAGE_DIM, LanguageTable
 
@@ -135,7 +135,8 @@ class WeightGenerator(nn.Module):
         """The post-norm transformer layer, over sequences of these lengths."""
         layer = self.transformer_encoder.layers[0]
         qkv_NX = F.linear(z_NK, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
-        seen_NK = attend(qkv_NX, layer.self_attn.num_heads, [(1, length) for length in lengths])
+        packed = packing(tuple((1, length) for length in lengths), z_NK.device)
+        seen_NK = attend(qkv_NX, layer.self_attn.num_heads, packed)
         z_NK = layer.norm1(z_NK + layer.self_attn.out_proj(seen_NK))
         return layer.norm2(z_NK + layer.linear2(F.gelu(layer.linear1(z_NK))))
 
