@@ -6,6 +6,7 @@ Figures: Copernicus-FM (arXiv 2503.11849, Table 1 and the public pretraining con
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,10 +110,7 @@ class Sensor:
         import torch
 
         x = x_CHW.float()
-        scale, mean, std = (
-            torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None]
-            for v in (self.scale, self.mean, self.std)
-        )
+        scale, mean, std = (_as_column(values, x.device) for values in (self.scale, self.mean, self.std))
         return torch.nan_to_num((x * scale - mean) / std, nan=0.0, posinf=0.0, neginf=0.0)
 
     def select(self, channels: Sequence[int]) -> Sensor:
@@ -130,6 +128,15 @@ class Sensor:
             std=pick(self.std),
             scale=pick(self.scale),
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _as_column(values: tuple[float, ...], device: Any) -> Any:
+    """Per-band values as a (C, 1, 1) tensor, kept on the device: copying it there for each batch would make a GPU wait."""
+    import torch
+
+    with torch.inference_mode(False):  # a tensor made in inference mode could not serve training later
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 OLCI_SCALE = (

@@ -24,9 +24,9 @@ DAYS = (1.0, 365.25)
 
 @functools.cache
 @torch.inference_mode(False)  # a tensor made in inference mode could not serve training later
-def _angular_frequencies(lower: float, upper: float, count: int) -> Tensor:
+def _angular_frequencies(lower: float, upper: float, count: int, device: torch.device) -> Tensor:
     wavelengths = torch.logspace(math.log10(lower), math.log10(upper), count, base=10, dtype=torch.float64)
-    return 2 * math.pi / wavelengths
+    return (2 * math.pi / wavelengths).to(device)
 
 
 def fourier_expansion(x: Tensor, limits: tuple[float, float], dim: int, bounded: bool = True) -> Tensor:
@@ -59,11 +59,11 @@ def fourier_expansion(x: Tensor, limits: tuple[float, float], dim: int, bounded:
 
 def _not_below(x: Tensor, lower: float) -> Tensor:
     magnitude = x.abs()
-    return torch.where((magnitude > 0) & (magnitude < lower), torch.copysign(x.new_tensor(lower), x), x)
+    return torch.where((magnitude > 0) & (magnitude < lower), x.sign() * lower, x)
 
 
 def _expand(x: Tensor, limits: tuple[float, float], dim: int) -> Tensor:
-    phase = x.double()[..., None] * _angular_frequencies(*limits, dim // 2).to(x.device)
+    phase = x.double()[..., None] * _angular_frequencies(*limits, dim // 2, x.device)
     return torch.cat([phase.sin(), phase.cos()], dim=-1).float()
 
 

@@ -32,6 +32,7 @@ class LanguageTable:
     def __init__(self, vectors: Mapping[str, Tensor] | None = None) -> None:
         self.stand_ins: set[str] = set()
         self._vectors: dict[str, Tensor] = {}
+        self._copies: dict[tuple[str, torch.device], Tensor] = {}
         for name, vector in (vectors or {}).items():
             if not isinstance(vector, Tensor) or vector.numel() != LANGUAGE_DIM:
                 shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
@@ -61,10 +62,15 @@ class LanguageTable:
         return cls(vectors)
 
     @torch.inference_mode(False)  # a tensor made in inference mode could not serve training later
-    def vector(self, name: str) -> Tensor:
-        """The embedding of a name: (2048,) float32 on the CPU."""
+    def vector(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The embedding of a name: (2048,) float32. It is copied to a device once."""
+        device = torch.device(device)
         if name not in self._vectors:
             self.stand_ins.add(name)
             rng = np.random.Generator(np.random.Philox(key=zlib.crc32(name.encode())))
             self._vectors[name] = torch.from_numpy(rng.standard_normal(LANGUAGE_DIM, dtype=np.float32))
-        return self._vectors[name]
+        if device.type == "cpu":
+            return self._vectors[name]
+        if (name, device) not in self._copies:
+            self._copies[name, device] = self._vectors[name].to(device)
+        return self._copies[name, device]

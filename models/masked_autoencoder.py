@@ -223,7 +223,7 @@ class MaskedAutoencoder(CopernicusFMViT):
             InputError: bands, sides, noise or metadata do not fit, or so few tokens that none would be kept or hidden.
         """
         if channels is not None:
-            x_BCHW, sensor = x_BCHW[:, list(channels)], sensor.select(channels)
+            x_BCHW, sensor = x_BCHW.index_select(1, _on_device(channels, x_BCHW.device)), sensor.select(channels)
         view = look(x_BCHW, sensor, metadata, checked=metadata is not None and metadata.is_cuda)
         check_sides(x_BCHW, view.patch_kernel)
         if view.patch_kernel < 3:  # the convolution's padding then adds a row and a column of tokens
@@ -376,6 +376,12 @@ class MaskedAutoencoder(CopernicusFMViT):
         return {
             f"fc_{name}" if global_pool and name.startswith("norm.") else name: own[name] for name in self.encoder_names
         }
+
+
+def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers as a tensor there; a GPU is not waited for, as it would be for memory that is not pinned."""
+    tensor = torch.tensor(list(numbers), dtype=torch.long)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _patch_statistics(patches_BXV: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError, Sensor
-from copernicus.models.attention import attend, packing
+from copernicus.models.attention import attend
 from copernicus.models.fourier import BANDWIDTH_NM, WAVELENGTH_NM, fourier_expansion
 from copernicus.models.language import LANGUAGE_DIM, LanguageTable
 
@@ -135,8 +135,7 @@ class WeightGenerator(nn.Module):
         """The post-norm transformer layer, over sequences of these lengths."""
         layer = self.transformer_encoder.layers[0]
         qkv_NX = F.linear(z_NK, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
-        packed = packing(tuple((1, length) for length in lengths), z_NK.device)
-        seen_NK = attend(qkv_NX, layer.self_attn.num_heads, packed)
+        seen_NK = attend(qkv_NX, layer.self_attn.num_heads, tuple((1, length) for length in lengths))
         z_NK = layer.norm1(z_NK + layer.self_attn.out_proj(seen_NK))
         return layer.norm2(z_NK + layer.linear2(F.gelu(layer.linear1(z_NK))))
 
@@ -151,13 +150,12 @@ class Kernel:
     bias_D: Tensor
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 @torch.inference_mode(False)
-def _spectral_code(wavelengths_nm: tuple[float, ...], bandwidths_nm: tuple[float, ...], device: str) -> Tensor:
-    if device != "cpu":
-        return _spectral_code(wavelengths_nm, bandwidths_nm, "cpu").to(device)
-    wavelength_CK = fourier_expansion(torch.tensor(wavelengths_nm), WAVELENGTH_NM, CODE_DIM)
-    return wavelength_CK + fourier_expansion(torch.tensor(bandwidths_nm), BANDWIDTH_NM, CODE_DIM)
+def _band_code(wavelength_nm: float, bandwidth_nm: float, device: torch.device) -> Tensor:
+    """The code (K,) of one band, kept on the device: each training step draws other bands of a sensor."""
+    wavelength_K = fourier_expansion(torch.tensor(wavelength_nm), WAVELENGTH_NM, CODE_DIM)
+    return (wavelength_K + fourier_expansion(torch.tensor(bandwidth_nm), BANDWIDTH_NM, CODE_DIM)).to(device)
 
 
 class SpectralPatchEmbed(nn.Module):
@@ -170,8 +168,8 @@ class SpectralPatchEmbed(nn.Module):
 
     def descriptions(self, sensor: Sensor) -> Tensor:
         """Fourier codes of the bands: (C, K), before the residual block."""
-        device = str(self.fclayer.w1.weight.device)
-        return _spectral_code(sensor.wavelengths_nm, sensor.bandwidths_nm, device)
+        device, bands = self.fclayer.w1.weight.device, zip(sensor.wavelengths_nm, sensor.bandwidths_nm, strict=True)
+        return torch.stack([_band_code(*band, device) for band in bands])
 
     def forward(self, sensors: Sequence[Sensor]) -> list[Kernel]:
         """The kernels of each sensor."""
@@ -194,8 +192,7 @@ class VariablePatchEmbed(SpectralPatchEmbed):
         """The projected embedding of the variable's name: (1, K)."""
         if sensor.channels != 1:
             raise InputError(f"sensor {sensor.name!r}: a variable has one band, this one has {sensor.channels}")
-        vector = self.language.vector(sensor.variable).to(self.language_proj.weight.device)
-        return self.language_proj(vector)[None]
+        return self.language_proj(self.language.vector(sensor.variable, self.language_proj.weight.device))[None]
 
 
 def fit_kernel(kernel: Kernel, patch_kernel: int) -> Kernel:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from copernicus.datasets.sensors import METADATA_FIELDS, InputError, Sensor
 from copernicus.models import fourier
-from copernicus.models.attention import Packing, attend, pack, packing, unpack
+from copernicus.models.attention import Groups, attend, group, pack, unpack
 from copernicus.models.derived import Derived
 from copernicus.models.initialise import initialise
 from copernicus.models.language import LanguageTable
@@ -44,8 +44,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, z_ND: Tensor, packed: Packing) -> Tensor:
-        return self.proj(attend(self.qkv(z_ND), self.num_heads, packed))
+    def forward(self, z_ND: Tensor, groups: Groups) -> Tensor:
+        return self.proj(attend(self.qkv(z_ND), self.num_heads, groups))
 
 
 class Mlp(nn.Module):
@@ -68,9 +68,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, z_ND: Tensor, packed: Packing) -> Tensor:
+    def forward(self, z_ND: Tensor, groups: Groups) -> Tensor:
         """Tokens of sequences that do not see each other -> the same after this block; see ``attention``."""
-        z_ND = z_ND + self.attn(self.norm1(z_ND), packed)
+        z_ND = z_ND + self.attn(self.norm1(z_ND), groups)
         return z_ND + self.mlp(self.norm2(z_ND))
 
 
@@ -88,13 +88,12 @@ def run_blocks(
         recompute: keep a block's input alone for the backward pass (activation checkpointing).
         after: called with each block's number and its output.
     """
-    packed = packing(tuple((s.shape[0], s.shape[1]) for s in sequences), sequences[0].device)
-    z_ND = pack(sequences)
+    z_ND, groups = pack(sequences), group(sequences)
     for number, block in enumerate(blocks):
         if recompute and torch.is_grad_enabled():
-            z_ND = checkpoint(block, z_ND, packed, use_reentrant=False)
+            z_ND = checkpoint(block, z_ND, groups, use_reentrant=False)
         else:
-            z_ND = block(z_ND, packed)
+            z_ND = block(z_ND, groups)
         if after is not None:
             after(number, unpack(z_ND, sequences))
     return unpack(z_ND, sequences)
