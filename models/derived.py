@@ -11,9 +11,9 @@ from torch import Tensor
 class Derived:
     """A small cache of what follows from parameters alone, such as generated kernels or a resized position table.
 
-    An entry is valid while its parameters lie where they lay and no operation has written to them: optimisers,
-    ``load_state_dict``, ``copy_`` and moves between devices are noticed by torch's own counters. Writing through
-    ``parameter.data`` is not; call ``clear()`` after it.
+    An entry is valid while its parameters lie where they lay and no operation has written to them: ``load_state_dict``,
+    ``copy_`` and moves between devices are noticed by torch's own counters. Fused optimisers (seen in torch 2.13) and
+    writes through ``parameter.data`` do not count: whoever trains the parameters calls ``clear()``.
     """
 
     LIMIT = 64

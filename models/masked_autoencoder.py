@@ -304,7 +304,7 @@ class MaskedAutoencoder(CopernicusFMViT):
             placed_S1E.split([latent.shape[0] for latent in latents]),
             strict=True,
         ):
-            position_1TE = fixed_positions(self._derived, self.decoder_pos_embed, part.view.grid)
+            position_1TE = fixed_positions(self._positions, self.decoder_pos_embed, part.view.grid)
             tokens = part.kept_BX.shape[1] + part.hidden_BX.shape[1]
             y_BLE = self.mask_token.to(y_BTE.dtype).expand(y_BTE.shape[0], tokens, -1)
             y_BLE = y_BLE.scatter(1, part.kept_BX[..., None].expand_as(y_BTE[:, 1:]), y_BTE[:, 1:])

@@ -268,7 +268,7 @@ class CopernicusFMViT(nn.Module):
         self.language = language if language is not None else LanguageTable()
         self.recompute = False
         """True: activation checkpointing; blocks are computed again in the backward pass, for less memory."""
-        self._derived = Derived()
+        self._kernels, self._positions = Derived(), Derived()
         grid = image_size // patch_size
         with torch.device("meta"):  # layers fill themselves from the global random state; initialise() does not
             self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -305,9 +305,11 @@ class CopernicusFMViT(nn.Module):
     def kernels(self, views: Sequence[View]) -> list[Kernel]:
         """The patch kernels of each view's sensor, fitted to its patches.
 
-        Without gradients, in evaluation mode, they are kept for the next batch, until a weight changes.
+        Without gradients, in evaluation mode, they are kept for the next batch, until a weight changes. A pass from
+        which gradients may come forgets them, for not every optimiser says that it writes.
         """
         if self.training or torch.is_grad_enabled():
+            self._kernels.clear()
             return self._generate(views)
         kernels = []
         for view in views:
@@ -317,7 +319,7 @@ class CopernicusFMViT(nn.Module):
             sources: list[Tensor] = list(embed.parameters())
             if not view.sensor.spectral:
                 sources.append(self.patch_embed_variable.language.vector(view.sensor.variable))
-            kernels.append(self._derived.get(key, sources, functools.partial(self._generate_one, view)))
+            kernels.append(self._kernels.get(key, sources, functools.partial(self._generate_one, view)))
         return kernels
 
     def _generate_one(self, view: View) -> Kernel:
@@ -361,7 +363,7 @@ class CopernicusFMViT(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table of a token grid: (1, 1 + h*w, D)."""
-        return fixed_positions(self._derived, self.pos_embed, grid)
+        return fixed_positions(self._positions, self.pos_embed, grid)
 
     def forward_tokens(
         self,

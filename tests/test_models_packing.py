@@ -1,0 +1,148 @@
+"""One pass over all sensors of a step gives what a pass for each gives; what is kept from one call to the next is right."""
+
+import copy
+
+import pytest
+import torch
+from test_models_mae import METADATA, NOISE, SAMPLES, small_model
+
+from copernicus.datasets.sensors import SENSORS
+from copernicus.models import create_model
+from copernicus.models.attention import attend, group, pack, unpack
+from copernicus.models.derived import Derived
+from copernicus.models.masked_autoencoder import patchify
+
+TINY = {"embed_dim": 32, "depth": 2, "num_heads": 4, "image_size": 64}
+
+
+def test_attention_of_packed_sequences_is_that_of_each_alone():
+    rng = torch.Generator().manual_seed(0)
+    batches = [torch.randn(b, t, 3 * 24, generator=rng) for b, t in ((2, 5), (3, 5), (1, 7), (4, 1))]
+    assert group(batches) == ((5, 5), (1, 7), (4, 1))
+    seen = unpack(attend(pack(batches), 3, group(batches)), [b[..., :24] for b in batches])
+    for qkv_BTX, out_BTD in zip(batches, seen, strict=True):
+        for qkv_TX, out_TD in zip(qkv_BTX, out_BTD, strict=True):
+            q, k, v = (x.unflatten(1, (3, 8)).transpose(0, 1) for x in qkv_TX.split(24, dim=1))
+            weights = torch.softmax(q @ k.transpose(1, 2) / 8**0.5, dim=-1)
+            torch.testing.assert_close(out_TD, (weights @ v).transpose(0, 1).flatten(1), atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_step_s_losses_are_those_of_its_sensors_alone():
+    """Against the predictions of all patches, each sensor on its own, and patches compared one by one."""
+    model = small_model()
+    masked = [model.hide(SAMPLES[n], s, METADATA[n], NOISE[n]) for n, s in SENSORS.items()]
+    losses, _ = model.losses(masked)
+    for (name, sensor), loss_B in zip(SENSORS.items(), losses, strict=True):
+        alone = model.forward_sensor(SAMPLES[name], sensor, METADATA[name], NOISE[name])
+        target = patchify(SAMPLES[name], sensor.patch_kernel)
+        target = (target - target.mean(dim=2, keepdim=True)) / (target.var(dim=2, keepdim=True) + 1e-6).sqrt()
+        for row in range(len(loss_B)):
+            hidden = alone.mask_BL[row].bool()
+            expected = (alone.pred_BLV[row][hidden] - target[row][hidden]).square().mean()
+            torch.testing.assert_close(loss_B[row], expected, atol=0, rtol=1e-5)
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    kept, recomputed = small_model(), small_model()
+    recomputed.recompute = True
+    for model in (kept, recomputed):
+        model(SAMPLES, SENSORS, METADATA, NOISE)["loss"].backward()
+    for (name, a), b in zip(kept.named_parameters(), recomputed.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=0, rtol=0, msg=name)
+
+
+def test_bf16_stays_near_float32():
+    model = small_model()
+    full = model(SAMPLES, SENSORS, METADATA, NOISE)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(SAMPLES, SENSORS, METADATA, NOISE)["loss"]
+    half.backward()
+    assert half.item() == pytest.approx(full.item(), rel=0.01)
+    assert half.item() != full.item()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses():
+    model = small_model()
+    expected = model(SAMPLES, SENSORS, METADATA, NOISE)
+    model.compile_blocks()
+    names = list(model.state_dict())
+    compiled = model(SAMPLES, SENSORS, METADATA, NOISE)
+    compiled["loss"].backward()
+    for name, loss in expected.items():
+        torch.testing.assert_close(compiled[name], loss, atol=0, rtol=1e-5)
+    assert names == list(small_model().state_dict())
+
+
+def _generations(model, monkeypatch):
+    made = []
+    generator = model.patch_embed_spectral.weight_generator
+    monkeypatch.setattr(
+        generator, "_transform", lambda *a, original=generator._transform: made.append(1) or original(*a)
+    )
+    return made
+
+
+def test_kernels_are_made_once_until_a_weight_changes(monkeypatch):
+    model, sensor = create_model("copernicus_fm_small", **TINY).eval(), SENSORS["s1_grd"]
+    made, image = _generations(model, monkeypatch), torch.ones(1, 2, 64, 64)
+    weight = model.patch_embed_spectral.weight_generator.fc_weight.weight
+
+    def features():
+        with torch.no_grad():
+            return model.forward_features(image, sensor=sensor)
+
+    first = features()
+    assert torch.equal(features(), first)
+    assert len(made) == 1
+    with torch.no_grad():
+        model.forward_features(image, sensor=sensor, patch_kernel=8)
+        weight.mul_(2.0)
+    assert not torch.equal(features(), first)
+    assert len(made) == 3
+    # Fused optimisers write without counting, so it is the pass before them that ends the keeping.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, fused=True)
+    model.forward_features(image, sensor=sensor)[:, 0].sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    changed = features()
+    assert len(made) == 5
+    model.load_state_dict(create_model("copernicus_fm_small", **TINY).state_dict())
+    assert torch.equal(features(), first)
+    assert not torch.equal(changed, first)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.patch_embed_spectral.weight_generator.fc_weight.weight.zero_()
+        assert not torch.equal(other.forward_features(image, sensor=sensor), first)
+
+
+def test_kernels_are_not_kept_where_they_are_trained(monkeypatch):
+    model, sensor = create_model("copernicus_fm_small", **TINY), SENSORS["s1_grd"]
+    made, image = _generations(model, monkeypatch), torch.ones(1, 2, 64, 64)
+    with torch.inference_mode():
+        model.eval().forward_features(image, sensor=sensor)
+    for mode in (True, False):  # in evaluation mode too, gradients reach the hypernetwork
+        model.train(mode).forward_features(image, sensor=sensor)[:, 0].sum().backward()
+    assert len(made) == 3
+    assert model.patch_embed_spectral.weight_generator.fc_weight.weight.grad.abs().sum() > 0
+
+
+def test_what_was_derived_under_autocast_is_not_served_without():
+    model, sensor = create_model("copernicus_fm_small", **TINY).eval(), SENSORS["s1_grd"]
+    image = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.forward_features(image, sensor=sensor)
+        with torch.autocast("cpu", torch.bfloat16):
+            model.forward_features(image, sensor=sensor)
+        assert torch.equal(model.forward_features(image, sensor=sensor), expected)
+
+
+def test_derived_values_do_not_pile_up():
+    derived, parameter = Derived(), torch.zeros(1)
+    for key in range(3 * Derived.LIMIT):
+        derived.get(key, [parameter], lambda key=key: key)
+    assert len(derived._kept) == Derived.LIMIT
+    assert derived.get(3 * Derived.LIMIT - 1, [parameter], lambda: None) == 3 * Derived.LIMIT - 1
