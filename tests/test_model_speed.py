@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from copernicus.datasets.sensors import SENSORS
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-from modelling.child import Clock, peak_bytes  # noqa: E402
-from modelling.flops import block, forward_flops, product_shapes  # noqa: E402
-from modelling.kinds import kind_of, seconds_by_kind  # noqa: E402
-from modelling.sides import make_side  # noqa: E402
-from modelling.work import CASES, MASK_RATIO, Batch, Shape, encoder_input  # noqa: E402
-from public_formulation import RGB, PublicAutoencoder  # noqa: E402
+from modelling.child import Clock, peak_bytes
+from modelling.flops import block, forward_flops, product_shapes
+from modelling.kinds import kind_of, seconds_by_kind
+from modelling.sides import make_side
+from modelling.work import CASES, MASK_RATIO, Batch, Shape, encoder_input
+from public_formulation import RGB, PublicAutoencoder
 
 TINY = Shape(32, 1, 2, 16, 1, 2)
 

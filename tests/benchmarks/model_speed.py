@@ -22,20 +22,15 @@ on products of the blocks' shapes, measured in the same run.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
-import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from modelling.flops import FORWARD_AND_BACKWARD, forward_flops, product_shapes, step_flops
 from modelling.kinds import OPTIMISER
-from modelling.work import BASE, CASES, QUICK, Shape
+from modelling.turns import PLANS, Plan, Variant, started
+from modelling.work import CASES
 
 PARTS = ("encode", "step", "profile")
 STEP_PARTS = ("forward", "backward", OPTIMISER)
@@ -49,66 +44,6 @@ VARIANTS = {
 """Ratios are to the last public one."""
 H100_BF16 = 989e12
 """Dense bf16 FLOP/s of an H100 SXM by its data sheet."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is run: batches to encode and to train on, turns of each variant and calls in a turn."""
-
-    device: str
-    shape: Shape
-    encode_batches: tuple[int, ...]
-    step_batches: tuple[int, ...]
-    turns: int
-    calls: int
-
-
-PLANS = {
-    ("cpu", False): Plan("cpu", BASE, (8, 1), (2, 4), 5, 1),
-    ("cpu", True): Plan("cpu", QUICK, (2, 1), (1,), 1, 1),
-    ("cuda", False): Plan("cuda", BASE, (64, 1), (64,), 4, 8),
-    ("cuda", True): Plan("cuda", QUICK, (2, 1), (2,), 1, 1),
-}
-
-
-class Variant:
-    """A variant's process, which answers one command at a time (modelling/child.py)."""
-
-    def __init__(self, name: str, plan: Plan) -> None:
-        self.name = name
-        here = str(Path(__file__).parent)
-        path = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH", "")) if p)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "modelling.child", name, plan.device, json.dumps(dataclasses.asdict(plan.shape))],
-            env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Raises RuntimeError where the process has died; its own words are on stderr."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-        if not (line := self.process.stdout.readline()):
-            raise RuntimeError(f"the process of {self.name!r} ended at {do} {arguments}: see above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-@contextlib.contextmanager
-def started(names: Sequence[str], plan: Plan) -> Iterator[list[Variant]]:
-    """The variants' processes, ended on leaving."""
-    variants = [Variant(name, plan) for name in names]
-    try:
-        yield variants
-    finally:
-        for variant in variants:
-            variant.close()
 
 
 def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -135,6 +70,10 @@ def reference(names: Sequence[str]) -> str:
     return ([name for name in names if name.startswith("public")] or list(names))[-1]
 
 
+def precision(variant: str) -> str:
+    return "bfloat16" if "bf16" in variant else "float32"
+
+
 def times(value: float) -> str:
     return f"{value:.2f} x"
 
@@ -142,7 +81,7 @@ def times(value: float) -> str:
 def encode(plan: Plan, names: Sequence[str]) -> None:
     base = reference(names)
     head = ["images/s"] + [f"{name}" for name in names] + [f"{n} / {base}" for n in names if n != base] + ["range"]
-    with started(names, plan) as variants:
+    with started(names, plan, "encode") as variants:
         for batch in plan.encode_batches:
             rows = []
             for title in CASES:
@@ -176,17 +115,28 @@ class Steps:
         return statistics.median(self.totals)
 
 
-def product_rate(variant: Variant, plan: Plan, batch: int, dtype: str) -> float:
+def product_rate(variant: Variant, plan: Plan, batch: int, dtype: str, most_rows: int = 1 << 30) -> float:
     """FLOP/s over the blocks' shapes, each at its best."""
-    shapes = product_shapes(plan.shape, batch)
+    shapes = [(min(rows, most_rows), *rest) for rows, *rest in product_shapes(plan.shape, batch)]
     seconds = variant.ask("products", shapes=shapes, dtype=dtype, calls=10 if plan.device == "cuda" else 3)["seconds"]
     return sum(2 * rows * inner * columns for rows, inner, columns in shapes) / sum(seconds)
 
 
+def worth_it(variants: Sequence[Variant], plan: Plan) -> list[Variant]:
+    """Without those in bf16 where the processor has no instructions for it: a step would take minutes."""
+    rates = [product_rate(variants[0], plan, 1, dtype, most_rows=16) for dtype in ("bfloat16", "float32")]
+    slow = rates[0] < rates[1] / 4
+    for variant in variants:
+        if slow and "bf16" in variant.name:
+            print(f"{variant.name}: left out, bf16 products run at {rates[0] / rates[1]:.2f} of float32's rate here")
+    return [variant for variant in variants if not (slow and "bf16" in variant.name)]
+
+
 def step(plan: Plan, names: Sequence[str], profiled: bool) -> None:
-    with started(names, plan) as variants:
+    with started(names, plan, "step") as everyone:
+        variants = worth_it(everyone, plan)
         for number, batch in enumerate(plan.step_batches):
-            found = {name: Steps() for name in names}
+            found = {v.name: Steps() for v in variants}
             losses = {}
             for _ in range(plan.turns):
                 for v in variants:
@@ -198,7 +148,7 @@ def step(plan: Plan, names: Sequence[str], profiled: bool) -> None:
             if number == 0:
                 show_losses(losses, batch)
             show_steps(found, batch)
-            rates = {dtype: product_rate(variants[0], plan, batch, dtype) for dtype in ("float32", "bfloat16")}
+            rates = {p: product_rate(variants[0], plan, batch, p) for p in sorted({precision(n) for n in found})}
             show_floor(found, plan, batch, rates)
             if profiled:
                 kinds = {v.name: v.ask("profile", batch=batch)["seconds"] for v in variants}
@@ -238,7 +188,7 @@ def show_floor(found: dict[str, Steps], plan: Plan, batch: int, rates: dict[str,
     )
     rows = []
     for name, steps in found.items():
-        rate = rates["bfloat16" if "bf16" in name else "float32"]
+        rate = rates[precision(name)]
         floor = total / rate
         row = [name, f"{rate / 1e12:.3f}", f"{floor:.4f}", f"{steps.median:.4f}", f"{floor / steps.median:.1%}"]
         if plan.device == "cuda":
@@ -283,8 +233,6 @@ def main() -> None:
     if options.batch:
         plan = dataclasses.replace(plan, step_batches=tuple(options.batch))
     names = {part: options.variants or own for part, own in VARIANTS[options.device].items()}
-    with started(names["step"][:1], plan) as (first,):
-        print(first.ask("about")["machine"], "(--quick: no measurement)" if options.quick else "", flush=True)
     if "encode" in options.parts:
         encode(plan, names["encode"])
     if "step" in options.parts or "profile" in options.parts:

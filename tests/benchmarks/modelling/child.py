@@ -69,6 +69,12 @@ class Child:
         self.first_losses: dict[str, torch.Tensor] = {}
         self.batch = functools.cache(lambda batch: Batch.make(batch, device))
 
+    def prepare(self, part: str) -> dict[str, Any]:
+        """Builds the model; says what it runs on."""
+        self.side.prepare(part)
+        name = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} threads"
+        return {"machine": f"{name}, torch {torch.__version__}"}
+
     def encode(self, case: str, batch: int, calls: int) -> dict[str, Any]:
         """Seconds of each call."""
         x_BCHW, metadata_B4 = encoder_input(CASES[case], batch, self.device)
@@ -97,8 +103,8 @@ class Child:
         for _ in range(calls):
             self.side.step(inputs)
         parts = self.clock.read()
-        losses = {name: float(value.detach()) for name, value in self.first_losses.items()}
-        return {"parts": parts, "losses": losses, "peak_bytes": peak_bytes(self.cuda)}
+        first = {name: float(value.detach()) for name, value in self.first_losses.items()}
+        return {"parts": parts, "losses": first, "peak_bytes": peak_bytes(self.cuda)}
 
     def profile(self, batch: int) -> dict[str, Any]:
         """Seconds of one step by kind of operator or kernel."""
@@ -114,18 +120,13 @@ class Child:
         for rows, inner, columns in shapes:
             a = torch.randn(rows, inner, device=self.device).to(getattr(torch, dtype))
             b = torch.randn(inner, columns, device=self.device).to(getattr(torch, dtype))
-            for _ in range(2):
-                torch.mm(a, b)
+            torch.mm(a, b)
             self.clock.mark("start")
             for _ in range(calls):
                 torch.mm(a, b)
                 self.clock.mark("product")
             best.append(min(self.clock.read()["product"]))
         return {"seconds": best}
-
-    def about(self) -> dict[str, Any]:
-        name = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} threads"
-        return {"machine": f"{name}, torch {torch.__version__}"}
 
 
 def main(variant: str, device: str, shape: str) -> None:

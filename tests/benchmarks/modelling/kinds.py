@@ -11,13 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 OPTIMISER = "optimiser"
 KINDS = (
+    ("fused by the compiler", r"^triton_"),
     ("attention", r"scaled_dot_product|flash|fmha|attention"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|(^|::)(mm|addmm|bmm|baddbmm|mv|dot|linear)$|conv"),
-    ("pseudo-inverse resize", r"svd|pinv|eigh|upsample|interpolate|cusolver|gesvd"),
+    ("SVD, interpolation", r"svd|pinv|eigh|upsample|interpolate|cusolver|gesvd"),
     (OPTIMISER, r"multi_tensor|adam|foreach"),
     ("copies, gathers", r"copy|memcpy|memset|cat|gather|scatter|index|fill|zero|clone|contiguous|elementwise_kernel_with_index"),
     ("normalisation, softmax, sums", r"norm|softmax|reduce|sum|mean|var|welford|sort"),
-    ("elementwise", r"elementwise|gelu|add|mul|sub|div|pow|sin|cos|vectorized|triton|relu|sqrt|lerp|where"),
+    ("elementwise", r"elementwise|gelu|add|mul|sub|div|pow|sin|cos|vectorized|relu|sqrt|lerp|where"),
 )  # fmt: skip
 """Kind and what its names look like; the first that fits counts."""
 
@@ -50,5 +51,6 @@ def seconds_by_kind(step: Callable[[], object], cuda: bool) -> Counter[str]:
         while parent is not None and not optimiser:
             optimiser = parent.name.startswith("Optimizer.")
             parent = parent.cpu_parent
-        seconds[OPTIMISER if optimiser else kind_of(event.name)] += event.self_cpu_time_total / 1e6
+        kind = kind_of(event.name) if event.name.startswith("aten::") else "other"  # else autograd's own nodes
+        seconds[OPTIMISER if optimiser else kind] += event.self_cpu_time_total / 1e6
     return seconds

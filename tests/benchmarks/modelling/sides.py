@@ -75,6 +75,9 @@ def compile_ours(model: CopernicusFMViT) -> None:
 class Side(Protocol):
     """A model under test. Models are built at first use, all sides' with the weights that ours starts from."""
 
+    def prepare(self, part: str) -> None:
+        """Build what encoding ("encode") or training ("step") needs."""
+
     def encode(self, x_BCHW: Tensor, metadata_B4: Tensor, case: Case) -> Tensor:
         """Features (B, D)."""
 
@@ -102,6 +105,9 @@ class Ours:
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=LR, betas=(0.9, 0.95), fused=True)
         return model, optimizer, StandInTeacher(self.device)
 
+    def prepare(self, part: str) -> None:
+        _ = self.encoder if part == "encode" else self.training
+
     @torch.inference_mode()
     def encode(self, x_BCHW: Tensor, metadata_B4: Tensor, case: Case) -> Tensor:
         with _precision(self.device, self.bf16):
@@ -120,16 +126,23 @@ class Public:
 
     @functools.cached_property
     def encoder(self) -> PublicEncoder:
-        model = PublicEncoder(self.language, **self.shape.encoder).eval()
-        model.load_state_dict(our_encoder(self.shape).state_dict(), strict=True)
+        with torch.device("meta"):  # its own initial weights would be drawn for nothing
+            model = PublicEncoder(self.language, **self.shape.encoder).eval()
+        model.load_state_dict(our_encoder(self.shape).state_dict(), strict=True, assign=True)
         return model.to(self.device)
 
     @functools.cached_property
     def training(self) -> tuple[PublicLoop, StandInTeacher]:
-        model = PublicAutoencoder(self.language, distill_dim=TEACHER_DIM, **self.shape.encoder, **self.shape.decoder)
-        model.load_state_dict(our_autoencoder(self.shape).state_dict(), strict=True)
+        with torch.device("meta"):
+            model = PublicAutoencoder(
+                self.language, distill_dim=TEACHER_DIM, **self.shape.encoder, **self.shape.decoder
+            )
+        model.load_state_dict(our_autoencoder(self.shape).state_dict(), strict=True, assign=True)
         loop = PublicLoop(model.to(self.device).train(), LR, self.mark, self.bf16)
         return loop, StandInTeacher(self.device)
+
+    def prepare(self, part: str) -> None:
+        _ = self.encoder if part == "encode" else self.training
 
     @torch.no_grad()
     def encode(self, x_BCHW: Tensor, metadata_B4: Tensor, case: Case) -> Tensor:

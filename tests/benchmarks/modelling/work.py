@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H W image, L patch tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,11 @@ class Shape:
     decoder_num_heads: int = 16
 
     @property
-    def encoder(self) -> dict[str, int]:
+    def encoder(self) -> dict[str, Any]:
         return {"embed_dim": self.embed_dim, "depth": self.depth, "num_heads": self.num_heads}
 
     @property
-    def decoder(self) -> dict[str, int]:
+    def decoder(self) -> dict[str, Any]:
         return {
             "decoder_embed_dim": self.decoder_embed_dim,
             "decoder_depth": self.decoder_depth,
