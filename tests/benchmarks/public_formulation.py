@@ -189,6 +189,7 @@ class PublicLoop:
         self.optimizer = torch.optim.AdamW(optimizer_groups(model, 0.05), lr=lr, betas=(0.9, 0.95))
         device = model.cls_token.device.type
         self.device, self.scaler = device, torch.amp.GradScaler(device, enabled=device == "cuda")
+        self.last: Output | None = None
 
     def step(self, *batch: Any) -> Output:
         """One step on the arguments of ``PublicAutoencoder.forward``."""
@@ -206,4 +207,5 @@ class PublicLoop:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.mark("optimiser")
+        self.last = out  # as there, predictions live until the next step's take their place
         return out
