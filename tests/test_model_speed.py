@@ -86,7 +86,7 @@ def test_a_block_s_operations_are_its_products():
     [
         ("aten::addmm", "matrix products"), ("aten::mkldnn_convolution", "matrix products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matrix products"), ("nvjet_hsh_128x256_64x4", "matrix products"),
-        ("pytorch_flash::flash_fwd_kernel<...>", "attention"), ("aten::linalg_svd", "pseudo-inverse resize"),
+        ("pytorch_flash::flash_fwd_kernel<...>", "attention"), ("aten::linalg_svd", "SVD, interpolation"), ("triton_poi_fused_gelu_1", "fused by the compiler"),
         ("aten::native_layer_norm", "normalisation, softmax, sums"), ("aten::gelu", "elementwise"),
         ("void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl>", "elementwise"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...>", "optimiser"),

@@ -2,8 +2,9 @@
 
 python tests/benchmarks/model_speed.py [--device cuda] [--quick] [--parts encode step profile] [--variants ...] [--batch ...]
 
-About fifteen minutes on two idle cores and 16 GB of memory; about five on a GPU of 80 GB. Linux. --quick: a small
-model, one turn, to see that all runs; its figures say nothing. Needs torch, numpy and safetensors (rich, if it is
+By estimate ten to fifteen minutes on two idle cores with 16 GB of memory, and five on a GPU of 80 GB; the variants in
+bf16 are left out where the processor has no instructions for it. Linux. --quick: a small model, one turn, to see that
+all runs; its figures say nothing. Needs torch, numpy and safetensors (rich, if it is
 there, draws the tables). Where the package is not installed, with the repository as working directory:
 
     d=$(mktemp -d) && cp -r platform/_package $d/copernicus && ln -s $PWD/models $PWD/datasets $PWD/platform \\
