@@ -53,7 +53,8 @@ def test_learning_rate_is_the_published_schedule():
 def test_channels_are_the_same_for_all_and_within_the_published_share():
     chosen = plan(Pretrain(shards=["x"]))
     counts = {len(chosen.channels(step, SENSORS["s2_toa"])) for step in range(200)}
-    assert counts == {9, 10, 11, 12, 13}  # int(0.75 x 13) to 13
+    assert counts == {10, 11, 12, 13}  # 75 % of 13 are 9.75; published: int(0.75 x 13) + 1 to 13
+    assert {len(chosen.channels(step, SENSORS["s3_olci"])) for step in range(400)} == set(range(16, 22))
     assert chosen.channels(7, SENSORS["s3_olci"]) == plan(Pretrain(shards=["x"])).channels(7, SENSORS["s3_olci"])
     assert chosen.channels(7, SENSORS["s1_grd"]) is None
 
