@@ -23,6 +23,7 @@ from copernicus.datasets.augment import Crop, apply_crop, centre_crop, crop_meta
 from copernicus.datasets.index import GridEntry
 from copernicus.datasets.order import generator, uniform
 from copernicus.datasets.pth import PthError, read_tensor
+from copernicus.datasets.published import LAST_S5P, published_apply_crop, published_crop_metadata
 from copernicus.datasets.raw import ImageError, read_image
 from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.datasets.shards import LEADING_AXES, Problem
@@ -88,7 +89,7 @@ class Choice:
 class DrawReader:
     """Reads draws of fixed shape. ``sizes``: sensor -> side of the square the model sees, pixels. ``metadata_drop``: the
     probability with which place, time and area are each made unknown, per sensor and draw. ``s2_offset``: of raw images
-    (see `baseline`).
+    (see `baseline`). ``published``: crops are resampled and their metadata follow as in the public code (`published`).
 
     Raises:
         InputError: a size that is not a multiple of the sensor's patch kernel.
@@ -100,6 +101,7 @@ class DrawReader:
     augment: bool = True
     metadata_drop: float = 0.0
     s2_offset: str = "auto"
+    published: bool = False
 
     def __post_init__(self) -> None:
         for sensor in self.sensors:
@@ -188,19 +190,22 @@ class DrawReader:
             loaded = _load_raw(grid, choices, sample.problems, self.s2_offset)
         else:
             loaded = load_shard(grid, choices, sample.problems)
+        resample = published_apply_crop if self.published else apply_crop
         for index, image_CHW in loaded.items():
             choice = choices[index]
             sensor = choice.sensor
             crop = dataclasses.replace(choice.crop, top=choice.crop.top - choice.rows.start)
-            sample.images[sensor.name][:] = apply_crop(image_CHW, crop, self.sizes[sensor.name])
+            sample.images[sensor.name][:] = resample(image_CHW, crop, self.sizes[sensor.name])
             sample.present[index] = True
-            sample.metadata[index] = self._metadata(grid, choice)
+            sample.metadata[index] = self._metadata(grid, choice, choices)
             if self.augment:
                 unknown = choice.rng.random(3) < self.metadata_drop  # place, time, area
                 sample.metadata[index, np.repeat(unknown, (2, 1, 1))] = np.nan
             choice.rng.random(dtype=np.float32, out=sample.noise[sensor.name])
 
-    def _metadata(self, grid: GridEntry, choice: Choice) -> tuple[float, float, float, float]:
+    def _metadata(
+        self, grid: GridEntry, choice: Choice, choices: Mapping[int, Choice]
+    ) -> tuple[float, float, float, float]:
         sensor, where, at = choice.sensor, choice.where, choice.at
         lon, lat = grid.lon, grid.lat
         if len(at) == 2 and where.lon[at[0]] is not None:
@@ -211,8 +216,15 @@ class DrawReader:
         # A smaller stored image (the miniature Earth's) shows less ground; its pixels are as large as the sensor's spec says.
         height, width = where.shape[-2:]
         size = self.sizes[sensor.name]
+        days = float("nan") if days is None else days
+        if self.published:
+            if sensor.name.startswith("s5p_"):  # all four go by the crop of the last, where the grid has it
+                choice = next((c for c in choices.values() if c.sensor.name == LAST_S5P), choice)
+            shape = choice.where.shape[-2:]
+            lon, lat, area = published_crop_metadata(lon, lat, sensor.gsd_m, sensor.patch_kernel, choice.crop, *shape)
+            return lon, lat, days, area
         lon, lat, area = crop_metadata(lon, lat, sensor.gsd_m, sensor.patch_kernel, choice.crop, height, width, size)
-        return lon, lat, float("nan") if days is None else days, area
+        return lon, lat, days, area
 
 
 def load_shard(grid: GridEntry, choices: Mapping[int, Choice], problems: list[Problem]) -> dict[int, np.ndarray]:

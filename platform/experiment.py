@@ -83,12 +83,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Pretrain:
-    """Masked-autoencoder pretraining. Learning rate as published: ``blr`` * batch_size / 256 after the warm-up."""
+    """Masked-autoencoder pretraining. Learning rate as published: ``blr`` * batch_size / 256 after the warm-up.
+
+    ``preset: published`` reproduces the public code's defects (CONTRIBUTING.md lists them) and gives the keys of
+    `PUBLISHED`, where the YAML leaves them out, other defaults than these.
+    """
 
     shards: list[str] = field(default_factory=list)
     geotiffs: Optional[str] = None  # in place of shards: the folder of a raw layout, with its fnames*.json.gz
     s2_offset: str = "auto"  # of raw Sentinel-2 images: by their metadata (auto), 0, or -1000 (since baseline 04.00)
     index: Optional[str] = None  # of the shards; none: the one next to them, else one that the output folder keeps
+    preset: str = "default"  # or published
     require: str = "any"  # any: grids with any of the sensors train with those they have; all: only whole ones
     model: Model = field(default_factory=Model)
     sensors: list[str] = field(default_factory=lambda: list(SENSORS))
@@ -211,6 +216,8 @@ WITHOUT_EFFECT = (
     "sweep.cache", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
 )  # fmt: skip
 """Keys (and sections) that leave the results as they are."""
+PUBLISHED: dict[str, Any] = {"require": "all", "metadata_drop": 0.0}
+"""Defaults of ``pretrain.preset: published``."""
 SECTIONS = {"pretrain": ("pretrain",), "sweep": ("sweep",), "pipeline": ()}
 NESTED = {"encoders": Encoder, "search": Space}
 
@@ -257,6 +264,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ExperimentError(f"{source}: {_full_key(error)}{_first_line(error)}") from None
     assert isinstance(plain, dict)
     _check_keys(plain, Experiment, "", source)
+    if isinstance(section := plain.get("pretrain"), dict) and section.get("preset") == "published":
+        plain["pretrain"] = {**PUBLISHED, **section}
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.create(plain))
         experiment = OmegaConf.to_object(merged)
@@ -379,6 +388,7 @@ def _validate(e: Experiment, source: str) -> None:
                 if file.read(4) != b"PAR1":
                     raise wrong("pretrain.index", f"{p.index} is not an index; make it with `copernicus data index`")
         choice("pretrain.s2_offset", p.s2_offset, POLICIES)
+        choice("pretrain.preset", p.preset, ("default", "published"))
         choice("pretrain.require", p.require, ("any", "all"))
         for shards in p.shards:
             if "://" in shards:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from copernicus.datasets.order import Order, generator
@@ -16,6 +17,7 @@ from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
 from copernicus.models.masked_autoencoder import MaskedAutoencoder
+from copernicus.models.published import blank_batch
 from copernicus.models.zoo import create_model
 from copernicus.platform.experiment import Pretrain
 
@@ -40,9 +42,14 @@ class Plan:
     def steps_per_epoch(self) -> float:
         return self.order.samples_per_epoch / self.settings.batch_size
 
+    @property
+    def published(self) -> bool:
+        """The public code's quirks are wanted; each has a function in `datasets.published` or `models.published`."""
+        return self.settings.preset == "published"
+
     def reader(self, augment: bool) -> DrawReader:
-        drop = self.settings.metadata_drop if augment else 0.0
-        return DrawReader(self.sensors, self.sizes, self.seed, augment, drop, self.settings.s2_offset)
+        drop = self.settings.metadata_drop if augment and not self.published else 0.0
+        return DrawReader(self.sensors, self.sizes, self.seed, augment, drop, self.settings.s2_offset, self.published)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to ``min_lr``, set at every step (arXiv 2503.11849)."""
@@ -54,13 +61,30 @@ class Plan:
         return s.min_lr + (peak - s.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     def channels(self, step: int, sensor: Sensor) -> list[int] | None:
-        """The channels that this step trains on: 75-100 % of a many-band sensor's, the same on every rank."""
+        """The channels that this step trains on: 75-100 % of a many-band sensor's, the same on every rank.
+
+        As published, but that their order there is random, which matters to its decoder alone (`PatchPredictor`).
+        """
         if sensor.channels < 3:
             return None
         low, high = self.settings.channel_fraction
         rng = generator("channels", self.seed, step, sensor.name)
-        count = int(rng.integers(max(1, int(low * sensor.channels)), int(high * sensor.channels) + 1))  # as published
-        return sorted(rng.permutation(sensor.channels)[:count].tolist())
+        fewest = math.ceil(low * sensor.channels - 1e-9)
+        count = int(rng.integers(fewest, max(fewest, int(high * sensor.channels)) + 1))
+        chosen = rng.permutation(sensor.channels)[:count].tolist()
+        return chosen if self.published else sorted(chosen)
+
+    def metadata(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        """What a training step sees of a batch's metadata, (B, S, 4). By default all: draws were made unknown one by one,
+        by the reader. Published: place, time and area of a sensor are each dropped from all rows, on every rank, or from
+        none; and what one row lacks the others lose (`blank_batch`)."""
+        metadata_BS4 = batch["metadata"]
+        if not self.published:
+            return metadata_BS4
+        draws = generator("metadata", self.seed, step).random((len(self.sensors), 3))
+        unknown_S4 = np.repeat(draws < self.settings.metadata_drop, (2, 1, 1), axis=1)
+        metadata_BS4 = metadata_BS4.masked_fill(torch.from_numpy(unknown_S4).to(metadata_BS4.device), torch.nan)
+        return blank_batch(metadata_BS4, batch["present"])
 
 
 class PerRowLoss(torch.nn.Module):
@@ -104,6 +128,7 @@ def build_autoencoder(plan: Plan) -> MaskedAutoencoder:
         seed=plan.seed,
         mask_ratio=settings.mask_ratio,
         norm_pix_loss=settings.norm_pix_loss,
+        published=plan.published,
         **settings.model.overrides(),
     )
     return model

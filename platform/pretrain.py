@@ -22,6 +22,7 @@ import torch
 from copernicus.datasets.expand import expand
 from copernicus.datasets.index import UNREAD, GridIndex, from_surveys
 from copernicus.datasets.order import Coverage, Order
+from copernicus.datasets.published import published_sensor
 from copernicus.datasets.raw import RawLayout, read_layout
 from copernicus.datasets.raw_index import survey_layout, unknown_offsets
 from copernicus.datasets.sensors import SENSORS, InputError
@@ -98,6 +99,7 @@ def train_worker(config: dict[str, Any]) -> None:
     for columns, batch in on_device(stream, device):
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(step)
+        batch = batch | {"metadata": plan.metadata(batch, step)}
         loss_BS = model(batch, {s.name: plan.channels(step, s) for s in plan.sensors})
         total, rows = weigh(loss_BS, batch["present"])
 
@@ -253,6 +255,8 @@ def pretrain(
         raise InputError(f"pretrain.val_fraction: holds out all {len(index)} grids; lower it")
     bad = len(grids_of(whole.problems))
     sensors = tuple(SENSORS[name] for name in settings.sensors)
+    if settings.preset == "published":
+        sensors = tuple(map(published_sensor, sensors))
     plan = Plan(
         settings=settings,
         seed=seed,

@@ -195,7 +195,7 @@ def test_experiments_are_shipped():
     "override",
     ["seed=5", "pretrain.epochs=4", "pretrain.blr=1e-3", "pretrain.sensors=[dem]", "sweep.trials=9", "sweep.seeds=4",
      "sweep.encoders.random.seed=1", "sweep.search.lr.high=0.5", "miniature.grids=33", "pretrain.model.depth=3",
-     "pretrain.image_size.s2_toa=96", "sweep.preset=published", "sweep=null", "pretrain.batch_size=8"],
+     "pretrain.image_size.s2_toa=96", "sweep.preset=published", "pretrain.preset=published", "sweep=null", "pretrain.batch_size=8"],
 )  # fmt: skip
 def test_the_fingerprint_changes_with_what_changes_results(override):
     assert load(override).fingerprint != load().fingerprint
@@ -270,6 +270,7 @@ def test_the_fingerprint_stays_with_what_does_not(override):
         ("sweep.search.lr.low=2", ["sweep.search.lr: needs low < high"]),
         ("sweep.search.lr.low=-1", ["sweep.search.lr: needs low < high (and low > 0 when log)"]),
         ("sweep.preset=publishd", ["sweep.preset", "did you mean 'published'"]),
+        ("pretrain.preset=publishd", ["pretrain.preset", "did you mean 'published'", "default, published"]),
         ("pretrain.epochs=0", ["pretrain.epochs: must be positive, it is 0"]),
         ("pretrain.blr=.nan", ["pretrain.blr: must be positive, it is nan"]),
         ("pretrain.warmup_epochs=-1", ["pretrain.warmup_epochs: must be at least 0"]),

@@ -245,6 +245,85 @@ def test_tokens_for_unknown_metadata_are_trained_by_the_rows_that_lack_it():
     assert float(model.coord_token.grad.norm()) == 0
 
 
+def oblong(name, rows, columns, batch=4):
+    """Images of rows x columns patches, metadata of which each row lacks something else, and noise."""
+    sensor = SENSORS[name]
+    k = sensor.patch_kernel
+    image = torch.from_numpy(hash_uniform(f"oblong/{name}", (batch, sensor.channels, rows * k, columns * k)))
+    noise = torch.from_numpy(hash_uniform(f"oblong noise/{name}", (batch, rows * columns)))
+    metadata = torch.tensor([[11.0, 48.0, 18262.0, 0.02], [-60.0, -3.0, 18993.0, 0.5]]).repeat(batch // 2, 1)
+    metadata[1, :2] = torch.nan
+    metadata[2, 2] = torch.nan
+    metadata[3, 3] = torch.nan
+    return image.float(), sensor, metadata, noise.float()
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"), [("s2_toa", 3, 7), ("s3_olci", 9, 2), ("dem", 2, 4), ("s5p_o3", 1, 8)]
+)
+@torch.no_grad()
+def test_a_mixed_batch_equals_its_rows_alone_on_oblong_images(name, rows, columns, published):
+    """What one row lacks is no matter of the others, in the encoder and in the decoder."""
+    model = small_model(published=published)
+    image, sensor, metadata, noise = oblong(name, rows, columns)
+    together = model.forward_sensor(image, sensor, metadata, noise)
+    assert together.pred_BLV.shape == (4, rows * columns, sensor.channels * sensor.patch_kernel**2)
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone = model.forward_sensor(image[one], sensor, metadata[one], noise[one])
+        for field in ("latent_BTD", "pred_BLV", "loss_B", "mask_BL"):
+            torch.testing.assert_close(getattr(alone, field), getattr(together, field)[one], atol=1e-5, rtol=0)
+    # ... and it does matter to the row itself, in what the decoder makes of the same encoding.
+    known = metadata.nan_to_num(0.5)
+    other = model.forward_sensor(image, sensor, known, noise)
+    changed = (other.pred_BLV - together.pred_BLV).abs().amax(dim=(1, 2))
+    assert changed[0] < 1e-6
+    assert (changed[1:] > 1e-5).all()
+
+
+@pytest.mark.parametrize("along_rows", [True, False])
+@torch.no_grad()
+def test_the_decoder_knows_rows_from_columns_on_oblong_images(along_rows):
+    """With no decoder block a hidden patch is predicted from its position alone: made to vary along one axis of the
+    table, positions make the predictions of a row (or column) of patches alike, and of two of them different."""
+    model = small_model(decoder_depth=0)
+    table = model.decoder_pos_embed[0, 1:].unflatten(0, (4, 4))
+    ramp = torch.linspace(-1, 1, 4)[:, None, None] * torch.from_numpy(hash_uniform("ramp", (20,))).float()
+    table.copy_(ramp.expand(4, 4, 20) if along_rows else ramp.transpose(0, 1).expand(4, 4, 20))
+    image, sensor, metadata, noise = oblong("s1_grd", 3, 6)
+    result = model.forward_sensor(image, sensor, metadata, noise)
+    place = {}
+    for patch in result.mask_BL[0].nonzero().flatten().tolist():
+        row, column = divmod(patch, 6)
+        place.setdefault(row if along_rows else column, []).append(result.pred_BLV[0, patch])
+    assert sum(len(same) > 1 for same in place.values()) > 1
+    for same in place.values():
+        for pred in same[1:]:
+            torch.testing.assert_close(pred, same[0], atol=1e-6, rtol=0)
+    first = [same[0] for same in place.values()]
+    assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(first) for b in first[:i])
+
+
+@torch.no_grad()
+def test_oblong_images_are_put_together_again():
+    model = small_model(norm_pix_loss=False)
+    image, sensor, metadata, noise = oblong("s1_grd", 2, 5)
+    masked, made = model.reconstruct(image, sensor, metadata, noise)
+    assert masked.shape == made.shape == image.shape
+    pred_BLV = model.forward_sensor(image, sensor, metadata, noise).pred_BLV
+    hidden = set(noise[3].argsort()[3:].tolist())  # int(10 x 0.3) are kept
+    for patch in range(10):
+        row, column = divmod(patch, 5)
+        window = (3, slice(None), slice(row * 16, row * 16 + 16), slice(column * 16, column * 16 + 16))
+        if patch in hidden:
+            assert masked[window].isnan().all()
+            assert torch.equal(made[window], pred_BLV[3, patch].reshape(16, 16, 2).permute(2, 0, 1))
+        else:
+            assert torch.equal(made[window], image[window])
+            assert torch.equal(masked[window], image[window])
+
+
 @pytest.mark.parametrize("global_pool", [True, False])
 def test_the_encoder_comes_out_whole(global_pool):
     model = published_model()

@@ -14,11 +14,13 @@ import pytest
 import torch
 from conftest import SIZES, make_grid
 
+from copernicus.datasets.index import index_shards
 from copernicus.datasets.miniature.raw import write_raw
 from copernicus.datasets.order import Order
 from copernicus.datasets.raw import read_layout
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import write_shards
+from copernicus.datasets.slices import DrawReader
 from copernicus.models import create_model, load_weights
 from copernicus.platform.experiment import Model, Pretrain
 from copernicus.platform.objective import PerRowLoss, Plan, architecture, build_autoencoder, freeze_unreached, weigh
@@ -53,7 +55,8 @@ def test_learning_rate_is_the_published_schedule():
 def test_channels_are_the_same_for_all_and_within_the_published_share():
     chosen = plan(Pretrain(shards=["x"]))
     counts = {len(chosen.channels(step, SENSORS["s2_toa"])) for step in range(200)}
-    assert counts == {9, 10, 11, 12, 13}  # int(0.75 x 13) to 13
+    assert counts == {10, 11, 12, 13}  # 75 % of 13 are 9.75; published: int(0.75 x 13) + 1 to 13
+    assert {len(chosen.channels(step, SENSORS["s3_olci"])) for step in range(400)} == set(range(16, 22))
     assert chosen.channels(7, SENSORS["s3_olci"]) == plan(Pretrain(shards=["x"])).channels(7, SENSORS["s3_olci"])
     assert chosen.channels(7, SENSORS["s1_grd"]) is None
 
@@ -92,6 +95,35 @@ def run(chosen: Pretrain, folder: Path):
     rows: list[tuple[int, dict[str, float]]] = []
     result = pretrain(chosen, 0, folder, lambda step, metrics: rows.append((step, metrics)), lambda *_: None)
     return result, rows
+
+
+def test_a_published_run_trains_on_whole_grids_with_the_published_loss(ray, shards, tmp_path):
+    """The first step's loss against the model's own sum over sensors (which goldens pin), fed by hand."""
+    given = settings(
+        shards, preset="published", require="all", metadata_drop=0.0, val_fraction=0.0, epochs=2, workers=1
+    )
+    result, rows = run(given, tmp_path)
+    assert result.samples == 2 * 20, "four of the 24 grids lack sensors"
+    index = index_shards(str(shards)).having(given.sensors, "all")
+    chosen = plan(given)
+    batch = DrawReader(tuple(SENSORS.values()), SIZES, published=True).batch(
+        [(index[chosen.order.locate(position)[2]], 0, 0) for position in range(8)]
+    )
+    images = {name: torch.from_numpy(batch[f"x_{name}"]) for name in SENSORS}
+    images["s3_olci"][:, [0, 9]] *= 1e-9
+    model = create_model("copernicus_fm_base_mae", published=True, **TINY.overrides())
+    with torch.no_grad():
+        losses = model(
+            {name: SENSORS[name].normalize(x) for name, x in images.items()},
+            SENSORS,
+            {name: torch.from_numpy(batch["metadata"][:, i]) for i, name in enumerate(SENSORS)},
+            {name: torch.from_numpy(batch[f"noise_{name}"]) for name in SENSORS},
+            {name: chosen.channels(0, SENSORS[name]) for name in ("s2_toa", "s3_olci")},
+        )
+    metrics = dict(rows)[1]
+    assert metrics["train/loss"] == pytest.approx(float(losses["loss"]), rel=1e-4)
+    for name in SENSORS:
+        assert metrics[f"train/loss_{name}"] == pytest.approx(float(losses[name]), rel=1e-4), name
 
 
 def test_a_run_learns_and_its_checkpoint_loads(ray, shards, tmp_path):
