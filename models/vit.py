@@ -145,6 +145,8 @@ class CopernicusFMViT(nn.Module):
         seed: decides the initial weights; the global random state is not used.
     """
 
+    inputs = "sensors with wavelengths, and variables of one band"
+
     def __init__(
         self,
         *,
@@ -189,6 +191,11 @@ class CopernicusFMViT(nn.Module):
         initialise(self, seed)
         with torch.no_grad():
             self.pos_embed.copy_(sincos_table(embed_dim, grid))
+
+    @staticmethod
+    def takes(sensor: Sensor) -> bool:
+        """Whether it encodes the sensor: any, of wavelengths or a variable of one band."""
+        return sensor.spectral or sensor.channels == 1
 
     def patch_tokens(self, x_BCHW: Tensor, sensor: Sensor, patch_kernel: int | None) -> tuple[Tensor, Tensor]:
         """Normalised image -> tokens (B, D, h, w) and the channels' codes (C, 128).
