@@ -85,20 +85,38 @@ def encoder_kind(name: str) -> Any:
     return kind
 
 
-def create_encoder(name: str, sensor: Sensor, seed: int = 0, **overrides: Any) -> Any:
-    """A new encoder for images of a sensor; ``create_model`` for those of the zoo, with ``sensor=`` where it needs it.
-
-    One of the user's own is called with ``sensor``, ``seed`` and the overrides.
+def check_encoder(name: str, sensor: Sensor, **overrides: Any) -> Any:
+    """What ``create_encoder`` would find wrong, found without building it. Returns ``encoder_kind(name)``.
 
     Raises:
-        InputError: as ``encoder_kind`` and ``create_model``; or it does not take the sensor.
+        InputError: as ``create_encoder``.
     """
     kind = encoder_kind(name)
-    check_takes(f"encoder {name}", kind, sensor)
-    if name in ZOO:
-        needed = {"sensor": sensor} if "sensor" in _arguments(kind) else {}
-        return create_model(name, seed=seed, **needed, **overrides)
-    return kind(sensor=sensor, seed=seed, **overrides)
+    known = inspect.signature(kind).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    if not open_ended and (unknown := sorted(set(overrides) - set(known))):
+        raise InputError(f"encoder {name!r} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
+    check_takes(f"encoder {name!r}", kind, sensor)
+    return kind
+
+
+def create_encoder(name: str, sensor: Sensor, seed: int = 0, **overrides: Any) -> Any:
+    """A new encoder for images of a sensor.
+
+    Args:
+        name: see ``encoder_kind``.
+        sensor: what it is to encode. Passed on to classes that have such an argument.
+        seed: of initial weights. Passed on to classes that have such an argument.
+        overrides: further arguments of its class.
+
+    Raises:
+        InputError: no such encoder, it does not take the sensor, or it has no such argument.
+    """
+    kind = check_encoder(name, sensor, **overrides)
+    shape = ZOO[name][1] if name in ZOO else {}
+    given = {"sensor": sensor, "seed": seed}
+    known = inspect.signature(kind).parameters
+    return kind(**{**shape, **{key: value for key, value in given.items() if key in known}, **overrides})
 
 
 def _arguments(kind: type[nn.Module]) -> list[str]:

@@ -27,7 +27,7 @@ from rich.table import Table
 from copernicus.datasets.geotiff import Image, read_image, resample
 from copernicus.datasets.sensors import InputError, Sensor, get_sensor
 from copernicus.datasets.slices import DEM_DAYS
-from copernicus.models import LanguageTable, create_model, load_weights
+from copernicus.models import LanguageTable, create_encoder, load_weights
 from copernicus.platform.quicklook import Window, draw_quicklook, place_text
 
 _BATCH = 8
@@ -180,7 +180,7 @@ def encode_command(
 
     Args:
         weights: a file, a checkpoint's folder or hf://...; None: random weights, which the console says in bold.
-        model, model_overrides: of `copernicus.models.create_model`.
+        model, model_overrides: of `copernicus.models.create_encoder`.
         bands: names of the files' bands, where they are named wrongly or not at all (see `read_image`).
         language: embeddings of variables' names, for sensors without wavelengths.
 
@@ -197,7 +197,7 @@ def encode_command(
     _check_all(images, spec, bands)
 
     table = LanguageTable.load(language) if language else None
-    encoder = create_model(model, **model_overrides, **({"language": table} if table else {}))
+    encoder = create_encoder(model, spec, **model_overrides, **({"language": table} if table else {}))
     if weights is None:
         console.print(
             Panel(
@@ -242,7 +242,8 @@ def encode_command(
     for note, names in notes.items():
         who = names[0] if len(names) == 1 else f"{len(names)} images" if len(names) < len(images) else "every image"
         console.print(f"  [dim]-[/] {escape(who)}: {escape(note)}", highlight=False)
-    if not spec.spectral and spec.variable in encoder.language.stand_ins:
+    known = getattr(encoder, "language", None)
+    if not spec.spectral and known is not None and spec.variable in known.stand_ins:
         console.print(
             f"  [yellow]- no language embedding for {escape(spec.variable)!r}: a stand-in drawn from its name is used, "
             "which weights pretrained with the published embeddings do not know[/]"
