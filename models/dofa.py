@@ -51,6 +51,7 @@ class DOFA(Trunk):
     """
 
     inputs = "sensors with wavelengths: optical ones, and radar in C band (Sentinel-1)"
+    patch_embed: WavelengthPatchEmbed
     optional_weights = ("fc_norm.", "head.")
     """Not in the published files: both start afresh."""
     ignored_weights = ("mask_token", "norm.", "projector.")

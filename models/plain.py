@@ -36,6 +36,7 @@ class Trunk(nn.Module):
     """
 
     inputs = ""
+    patch_embed: nn.Module
 
     def __init__(
         self,
@@ -162,6 +163,7 @@ class PlainViT(Trunk):
     """
 
     inputs = "any sensor"
+    patch_embed: ConvPatchEmbed
 
     def __init__(
         self,

@@ -14,6 +14,8 @@ from copernicus.models.dofa import DOFA
 from copernicus.models.encoder import check_takes
 from copernicus.models.masked_autoencoder import MaskedAutoencoder
 from copernicus.models.plain import PlainViT
+from copernicus.models.torchgeo_adapter import PREFIX as TORCHGEO
+from copernicus.models.torchgeo_adapter import TorchGeoWeights
 from copernicus.models.vit import CopernicusFMViT
 
 _SHAPES: dict[str, dict[str, int]] = {
@@ -69,8 +71,12 @@ def encoder_kind(name: str) -> Any:
     """
     if name in ENCODERS:
         return ZOO[name][0]
+    if name.startswith(TORCHGEO):
+        return TorchGeoWeights(name)
     if not OWN.fullmatch(name):
-        raise InputError(f"no encoder {name!r}; name one of {', '.join(ENCODERS)}, or your own as package.module:Class")
+        raise InputError(
+            f"no encoder {name!r}; name one of {', '.join(ENCODERS)}, torchgeo:Weights.ENTRY, or your own as package.module:Class"
+        )
     module, _, attribute = name.partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)

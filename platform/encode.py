@@ -197,7 +197,8 @@ def encode_command(
     _check_all(images, spec, bands)
 
     table = LanguageTable.load(language) if language else None
-    encoder = create_encoder(model, spec, **model_overrides, **({"language": table} if table else {}))
+    arguments: dict[str, Any] = {**model_overrides, **({"language": table} if table else {})}
+    encoder = create_encoder(model, spec, **arguments)
     if weights is None:
         console.print(
             Panel(

@@ -445,7 +445,9 @@ def _validate(e: Experiment, source: str) -> None:
                     raise wrong(f"{here}.weights", "this experiment pretrains nothing; give a file, hf://... or none")
                 pretrained = (e.pretrain.model.name, e.pretrain.model.encoder_overrides())
                 if (chosen.name, chosen.encoder_overrides()) != pretrained:
-                    raise wrong(f"{here}.model", f"this experiment pretrains {pretrained[0]} {pretrained[1]}; leave model out")
+                    raise wrong(
+                        f"{here}.model", f"this experiment pretrains {pretrained[0]} {pretrained[1]}; leave model out"
+                    )
             elif encoder.weights != "none" and not encoder.weights.startswith("hf://"):
                 exists(f"{here}.weights", encoder.weights)
         for name, space in s.search.items():

@@ -165,7 +165,7 @@ def test_every_encoder_encodes_the_tasks_whose_sensors_it_takes(task):
         if not ZOO[name][0].takes(sensor):
             assert name.startswith("dofa")
             assert not sensor.spectral
-            with pytest.raises(InputError, match="wavelengths.*Nitrogen"):
+            with pytest.raises(InputError, match=r"wavelengths.*Nitrogen"):
                 create_encoder(name, sensor, **TINY)
             with pytest.raises(InputError, match="DOFA takes"):
                 create_model(name, **TINY).encode(x, sensor)
@@ -179,10 +179,10 @@ def test_every_encoder_encodes_the_tasks_whose_sensors_it_takes(task):
 def test_what_an_encoder_does_not_take_is_refused_in_one_line():
     x = torch.randn(1, 2, 64, 64)
     l_band = Sensor(name="palsar", bands=("HH", "HV"), wavelengths_nm=(2.36e8, 2.36e8), bandwidths_nm=(1e9, 1e9))
-    with pytest.raises(InputError, match="radar in C band.*palsar"):
+    with pytest.raises(InputError, match=r"radar in C band.*palsar"):
         create_model("dofa_small", **TINY).encode(x, l_band)
     plain = create_model("vit_small", sensor=S2, **TINY)
-    with pytest.raises(InputError, match="made for sensor 's2_toa'.*cannot take sensor 's1_grd'"):
+    with pytest.raises(InputError, match=r"made for sensor 's2_toa'.*cannot take sensor 's1_grd'"):
         plain.encode(x, S1)
     with pytest.raises(InputError, match=r"shape \(B, 13, H, W\)"):
         plain.encode(x, S2, normalize=False)

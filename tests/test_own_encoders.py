@@ -10,12 +10,14 @@ from bench_files import write_eurosat
 
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
-from copernicus.models import create_encoder, raw_values
+from copernicus.models import create_encoder, create_model, raw_values
 from copernicus.platform.experiment import ExperimentError, load_experiment
 from copernicus.platform.sweep import cells, encode_cell
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-EXAMPLE, YAML = re.findall(r"```(?:python|yaml)\n(.*?)```", GUIDE.split("## Bringing your own encoder")[1], re.DOTALL)[:2]
+EXAMPLE, YAML = re.findall(r"```(?:python|yaml)\n(.*?)```", GUIDE.split("## Bringing your own encoder")[1], re.DOTALL)[
+    :2
+]
 S2 = SENSORS["s2_toa"]
 
 BROKEN = """
@@ -49,7 +51,9 @@ def experiment(folder, *overrides):
 
 
 def test_the_guide_s_encoder_serves_a_sweep(modules, tmp_path):
-    write_eurosat(tmp_path / "bench/eurosat_s2", {split: [("River", i)] for i, split in enumerate(("train", "val", "test"))})
+    write_eurosat(
+        tmp_path / "bench/eurosat_s2", {split: [("River", i)] for i, split in enumerate(("train", "val", "test"))}
+    )
     settings = experiment(tmp_path, "sweep.image_size={eurosat_s2: 64}").sweep
     (cell,) = cells(settings, None, None)
     features = encode_cell(cell, settings)
@@ -108,6 +112,13 @@ def test_own_encoders_are_for_sweeps(modules, tmp_path):
     with pytest.raises(ExperimentError, match=r"pretrain.model.name: no 'dofa_base'"):
         experiment(tmp_path, f"pretrain={{shards: ['{tmp_path}'], model: {{name: dofa_base}}}}")
     with pytest.raises(InputError, match="no model 'my_encoders:FourBands'"):
-        from copernicus.models import create_model
-
         create_model("my_encoders:FourBands")
+
+
+def test_what_the_experiment_pretrains_is_not_called_another_model(tmp_path):
+    small = f"pretrain={{shards: ['{tmp_path}'], model: {{name: copernicus_fm_small, depth: 2}}}}"
+    for other in ("{name: dofa_small, depth: 2}", "{name: copernicus_fm_small}"):
+        with pytest.raises(ExperimentError, match=r"mine.model: this experiment pretrains copernicus_fm_small .*depth"):
+            experiment(tmp_path, "kind=pipeline", small, f"sweep.encoders.mine={{weights: pretrain, model: {other}}}")
+    same = "sweep.encoders.mine={weights: pretrain, model: {name: copernicus_fm_small, depth: 2}}"
+    assert experiment(tmp_path, "kind=pipeline", small, same)
