@@ -67,6 +67,8 @@ def describe(sensor: Sensor) -> str:
     """The sensor in a few words, for messages."""
     if not sensor.spectral:
         return f"sensor {sensor.name!r} (the variable {sensor.variable!r}, no wavelengths)"
+    if sensor.channels > 4:
+        return f"sensor {sensor.name!r} ({sensor.channels} bands, {sensor.bands[0]} .. {sensor.bands[-1]})"
     return f"sensor {sensor.name!r} ({', '.join(sensor.bands)})"
 
 
