@@ -8,7 +8,7 @@ or the ones that masking keeps), T = 1 + X tokens, N the tokens of several batch
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,29 +74,42 @@ class Block(nn.Module):
         return z_ND + self.mlp(self.norm2(z_ND))
 
 
-def run_blocks(
-    blocks: nn.ModuleList,
-    sequences: Sequence[Tensor],
-    recompute: bool = False,
-    after: Callable[[int, list[Tensor]], None] | None = None,
-) -> list[Tensor]:
+def run_blocks(blocks: nn.ModuleList, sequences: Sequence[Tensor], recompute: bool = False) -> list[Tensor]:
     """Batches of sequences (B, T, D), each with its own B and T, in one pass over the blocks.
 
     Every matrix product then sees the tokens of all batches, and every weight gets its gradient once.
 
     Args:
         recompute: keep a block's input alone for the backward pass (activation checkpointing).
-        after: called with each block's number and its output.
     """
     z_ND, groups = pack(sequences), group(sequences)
-    for number, block in enumerate(blocks):
-        if recompute and torch.is_grad_enabled():
-            z_ND = checkpoint(block, z_ND, groups, use_reentrant=False)
-        else:
-            z_ND = block(z_ND, groups)
-        if after is not None:
-            after(number, unpack(z_ND, sequences))
+    for block in blocks:
+        z_ND = _run(block, z_ND, groups, recompute)
     return unpack(z_ND, sequences)
+
+
+def through_blocks(
+    blocks: nn.ModuleList, z_BTD: Tensor, grid: tuple[int, int], levels: Sequence[int] = (), recompute: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """A batch after the last block (B, T, D), and its patch tokens (B, D, h, w) after each block in levels.
+
+    Raises:
+        InputError: a level that is no block.
+    """
+    if missing := [level for level in levels if not 0 <= level < len(blocks)]:
+        raise InputError(f"levels {missing} do not exist: the encoder has blocks 0..{len(blocks) - 1}")
+    (z_ND, groups), taken = (pack([z_BTD]), group([z_BTD])), {}
+    for number, block in enumerate(blocks):
+        z_ND = _run(block, z_ND, groups, recompute)
+        if number in levels:
+            taken[number] = z_ND.unflatten(0, z_BTD.shape[:2])[:, 1:].transpose(1, 2).unflatten(2, grid)
+    return z_ND.unflatten(0, z_BTD.shape[:2]), [taken[level] for level in levels]
+
+
+def _run(block: nn.Module, z_ND: Tensor, groups: Groups, recompute: bool) -> Tensor:
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, z_ND, groups, use_reentrant=False)
+    return block(z_ND, groups)
 
 
 @dataclass(frozen=True)
@@ -244,6 +257,8 @@ class CopernicusFMViT(nn.Module):
         seed: decides the initial weights; the global random state is not used.
     """
 
+    inputs = "sensors with wavelengths, and variables of one band"
+
     def __init__(
         self,
         *,
@@ -291,6 +306,11 @@ class CopernicusFMViT(nn.Module):
         initialise(self, seed)
         with torch.no_grad():
             self.pos_embed.copy_(sincos_table(embed_dim, grid))
+
+    @staticmethod
+    def takes(sensor: Sensor) -> bool:
+        """Whether it encodes the sensor: any, of wavelengths or a variable of one band."""
+        return sensor.spectral or sensor.channels == 1
 
     def compile_blocks(self) -> None:
         """torch.compile of every block, in place; names of the state dict stay.
@@ -379,17 +399,9 @@ class CopernicusFMViT(nn.Module):
         Raises:
             InputError: see ``forward_features``; or a level that is no block.
         """
-        if missing := [level for level in levels if not 0 <= level < len(self.blocks)]:
-            raise InputError(f"levels {missing} do not exist: the encoder has blocks 0..{len(self.blocks) - 1}")
         view = look(x_BCHW, sensor, metadata, patch_kernel)
-        taken: dict[int, Tensor] = {}
-
-        def take(number: int, out: list[Tensor]) -> None:
-            if number in levels:
-                taken[number] = out[0][:, 1:].transpose(1, 2).unflatten(2, view.grid)
-
-        (z_BTD,) = run_blocks(self.blocks, self.embed([view])[0], self.recompute, take if levels else None)
-        return z_BTD, [taken[level] for level in levels]
+        (z_BTD,), _ = self.embed([view])
+        return through_blocks(self.blocks, z_BTD, view.grid, levels, self.recompute)
 
     def forward_features(
         self,

@@ -30,8 +30,9 @@ class LoadReport:
         missing: the model's names that the file lacks.
         unexpected: the file's names that the model lacks.
         other_shape: name -> (shape in the file, shape in the model).
-        dropped: decoder names of a masked autoencoder, of no use to an encoder.
+        dropped: names left from pretraining (a masked autoencoder's decoder, ...), of no use to an encoder.
         renamed: name in the file -> name in the model.
+        fresh: the model's names that its published files lack, too; they keep their initial values.
     """
 
     source: str
@@ -41,6 +42,7 @@ class LoadReport:
     other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     dropped: tuple[str, ...]
     renamed: dict[str, str]
+    fresh: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -49,7 +51,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} parameters loaded"]
-        for title, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+        for title, names in (("missing", self.missing), ("unexpected", self.unexpected), ("fresh", self.fresh)):
             if names:
                 lines.append(f"{title} ({len(names)}): {_shorten(names)}")
         if self.other_shape:
@@ -83,7 +85,8 @@ def load_weights(model: nn.Module, source: str | Path, strict: bool = True) -> L
     own = model.state_dict()
 
     encoder_only = isinstance(model, CopernicusFMViT) and not isinstance(model, MaskedAutoencoder)
-    dropped = tuple(name for name in state if encoder_only and name.startswith(DECODER_PREFIXES) and name not in own)
+    useless = DECODER_PREFIXES if encoder_only else getattr(model, "ignored_weights", ())
+    dropped = tuple(name for name in state if name.startswith(useless) and name not in own)
     state = {name: value for name, value in state.items() if name not in dropped}
     renamed = {}
     if "fc_norm.weight" in own and "norm.weight" in state and "fc_norm.weight" not in state:
@@ -96,14 +99,17 @@ def load_weights(model: nn.Module, source: str | Path, strict: bool = True) -> L
         if name in state and state[name].shape != own[name].shape
     }
     fitting = {name: state[name] for name in own if name in state and name not in other_shape}
+    absent = [name for name in own if name not in state]
+    fresh = tuple(name for name in absent if name.startswith(getattr(model, "optional_weights", ())))
     report = LoadReport(
         source=str(source),
         loaded=tuple(fitting),
-        missing=tuple(name for name in own if name not in state),
+        missing=tuple(name for name in absent if name not in fresh),
         unexpected=tuple(name for name in state if name not in own),
         other_shape=other_shape,
         dropped=dropped,
         renamed=renamed,
+        fresh=fresh,
     )
     if strict and not report.complete:
         raise InputError(f"weights do not fit the model: {report}. Give the model they were made for, or strict=False")

@@ -103,7 +103,9 @@ def encode(
         "embeddings.parquet"
     ),
     weights: Annotated[str | None, typer.Option(help="A weights file, a checkpoint or hf://...")] = None,
-    model: Annotated[str | None, typer.Option(help="Model of the zoo; a checkpoint of ours knows its own.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model of the zoo, or package.module:Class; a checkpoint of ours knows its own.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Window side, pixels.", min=1)] = None,
     patch_kernel: Annotated[int | None, typer.Option(help="Token side, pixels.", min=1)] = None,
     language: Annotated[Path | None, typer.Option(help="Language embeddings of variables' names.")] = None,
@@ -120,7 +122,7 @@ def encode(
     if known and ((model or name) != name or any(overrides.get(k, v) != v for k, v in sizes.items())):
         raise InputError(f"--weights {weights} is of {name} {overrides}; leave the model and its sizes out")
     summary = encode_command(
-        files, sensor, weights, out, name, {"global_pool": True, **overrides, **sizes}, console(),
+        files, sensor, weights, out, name, {**overrides, **sizes}, console(),
         image_size=image_size, patch_kernel=patch_kernel, language=language,
     )  # fmt: skip
     console().print(f"Look at [bold]{summary.quicklooks[0]}[/]; embeddings are in {summary.embeddings}")

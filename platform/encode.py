@@ -27,7 +27,7 @@ from rich.table import Table
 from copernicus.datasets.geotiff import Image, read_image, resample
 from copernicus.datasets.sensors import InputError, Sensor, get_sensor
 from copernicus.datasets.slices import DEM_DAYS
-from copernicus.models import LanguageTable, create_model, load_weights
+from copernicus.models import LanguageTable, create_encoder, load_weights
 from copernicus.platform.quicklook import Window, draw_quicklook, place_text
 
 _BATCH = 8
@@ -180,7 +180,7 @@ def encode_command(
 
     Args:
         weights: a file, a checkpoint's folder or hf://...; None: random weights, which the console says in bold.
-        model, model_overrides: of `copernicus.models.create_model`.
+        model, model_overrides: of `copernicus.models.create_encoder`.
         bands: names of the files' bands, where they are named wrongly or not at all (see `read_image`).
         language: embeddings of variables' names, for sensors without wavelengths.
 
@@ -197,8 +197,11 @@ def encode_command(
     _check_all(images, spec, bands)
 
     table = LanguageTable.load(language) if language else None
-    encoder = create_model(model, **model_overrides, **({"language": table} if table else {}))
-    if weights is None:
+    arguments: dict[str, Any] = {**model_overrides, **({"language": table} if table else {})}
+    encoder = create_encoder(model, spec, **arguments)
+    # One from elsewhere may have brought weights: what its class did is its own matter.
+    source = weights or ("its own" if ":" in model else "random")
+    if source == "random":
         console.print(
             Panel(
                 "No --weights given: the encoder has [bold]random[/] weights. Embeddings and pictures show that the "
@@ -207,10 +210,10 @@ def encode_command(
                 style="bold yellow",
             )
         )
-    else:
+    elif weights is not None:
         console.print(escape(str(load_weights(encoder, weights))))
     encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    name = f"{model}, {'random weights' if weights is None else weights}"
+    name = f"{model}, {source if weights else f'{source} weights'}"
 
     out.parent.mkdir(parents=True, exist_ok=True)
     report = _report_table(spec)
@@ -236,26 +239,26 @@ def encode_command(
                 notes.setdefault(f"{encoded.skipped} windows without a valid value left out", []).append(
                     image.path.name
                 )
-    _write_parquet(out, rows, {"model": model, "weights": weights or "random", "sensor": spec.name})
+    _write_parquet(out, rows, {"model": model, "weights": source, "sensor": spec.name})
 
     console.print(report)
     for note, names in notes.items():
         who = names[0] if len(names) == 1 else f"{len(names)} images" if len(names) < len(images) else "every image"
         console.print(f"  [dim]-[/] {escape(who)}: {escape(note)}", highlight=False)
-    if not spec.spectral and spec.variable in encoder.language.stand_ins:
+    width = len(rows[0]["embedding"]) if rows else 0
+    known = getattr(encoder, "language", None)
+    if not spec.spectral and known is not None and spec.variable in known.stand_ins:
         console.print(
             f"  [yellow]- no language embedding for {escape(spec.variable)!r}: a stand-in drawn from its name is used, "
             "which weights pretrained with the published embeddings do not know[/]"
         )
-    console.print(
-        f"{len(rows)} embeddings of {encoder.embed_dim} numbers: {out}; pictures: {out.parent}/{out.stem}_*.png"
-    )
+    console.print(f"{len(rows)} embeddings of {width} numbers: {out}; pictures: {out.parent}/{out.stem}_*.png")
     return EncodeSummary(
         images=len(images),
         windows=len(rows),
         skipped_windows=skipped,
-        embed_dim=encoder.embed_dim,
-        weights=weights or "random",
+        embed_dim=width,
+        weights=source,
         embeddings=out,
         quicklooks=tuple(pictures),
         seconds=time.monotonic() - began,

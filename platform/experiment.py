@@ -31,7 +31,7 @@ from omegaconf.errors import (
 from copernicus.datasets.baseline import POLICIES
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
-from copernicus.models.zoo import ZOO
+from copernicus.models.zoo import ENCODERS, ZOO, check_encoder
 from copernicus.platform.tracking import mask
 
 # Optional[...] rather than `| None` below: OmegaConf reads these annotations on Python 3.10 too.
@@ -62,7 +62,9 @@ class Miniature:
 
 @dataclass(frozen=True)
 class Model:
-    """A name of the model zoo; the other keys, where given, replace the named model's sizes."""
+    """A name of the model zoo; the other keys, where given, replace the named model's sizes.
+
+    In a sweep also an encoder from elsewhere, ``package.module:Class`` (see CONTRIBUTING.md)."""
 
     name: str = "copernicus_fm_base"
     embed_dim: Optional[int] = None
@@ -363,8 +365,9 @@ def _validate(e: Experiment, source: str) -> None:
         if not any(here == m or m in here.parents for m in made) and not here.exists():
             raise wrong(path, f"no such file or folder: {value}")
 
-    def model(path: str, value: Model) -> None:
-        choice(f"{path}.name", value.name, tuple(n for n in ZOO if not n.endswith("_mae")))
+    def model(path: str, value: Model, names: tuple[str, ...]) -> None:
+        if ":" not in value.name or names is not ENCODERS:
+            choice(f"{path}.name", value.name, names)
         for key, number in value.overrides().items():
             positive(f"{path}.{key}", number)
 
@@ -395,7 +398,7 @@ def _validate(e: Experiment, source: str) -> None:
                 continue  # found out when it is listed
             literal = shards.split("{")[0].split("*")[0]
             exists("pretrain.shards", shards if literal == shards else str(Path(literal + "x").parent))
-        model("pretrain.model", p.model)
+        model("pretrain.model", p.model, tuple(name for name in ENCODERS if f"{name}_mae" in ZOO))
         if not p.sensors:
             raise wrong("pretrain.sensors", f"empty; valid choices: {', '.join(SENSORS)}")
         for i, sensor in enumerate(p.sensors):
@@ -437,12 +440,24 @@ def _validate(e: Experiment, source: str) -> None:
             here = f"sweep.encoders.{name}"
             plain(here, name)
             if encoder.model is not None:
-                model(f"{here}.model", encoder.model)
+                model(f"{here}.model", encoder.model, ENCODERS)
             elif e.pretrain is None:
                 raise wrong(f"{here}.model", "missing: this experiment pretrains no model to take")
+            chosen = encoder.model or e.pretrain.model  # type: ignore[union-attr]
+            arguments = {**chosen.encoder_overrides(), **({"language": ""} if encoder.language else {})}
+            for task in s.tasks:
+                try:
+                    check_encoder(chosen.name, TASKS[task].sensor, **arguments)
+                except InputError as error:
+                    raise wrong(here, f"task {task}: {error}") from None
             if encoder.weights == "pretrain":
                 if e.pretrain is None or e.kind == "sweep":
                     raise wrong(f"{here}.weights", "this experiment pretrains nothing; give a file, hf://... or none")
+                pretrained = (e.pretrain.model.name, e.pretrain.model.encoder_overrides())
+                if (chosen.name, chosen.encoder_overrides()) != pretrained:
+                    raise wrong(
+                        f"{here}.model", f"this experiment pretrains {pretrained[0]} {pretrained[1]}; leave model out"
+                    )
             elif encoder.weights != "none" and not encoder.weights.startswith("hf://"):
                 exists(f"{here}.weights", encoder.weights)
         for name, space in s.search.items():

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from copernicus.datasets.bench.reader import TaskDataset
 from copernicus.datasets.bench.task import Preset, Task
 from copernicus.datasets.order import generator
 from copernicus.datasets.sensors import Sensor
+from copernicus.models.encoder import Encoder
 
 VERSION = 1  # raise when the meaning of what is stored changes: older entries are then no longer found
 SPLITS = ("train", "val", "test")
@@ -40,21 +41,6 @@ FLIPS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
 """The flipped axes of each copy: none, horizontal, vertical, both."""
 
 Progress = Callable[[str, int, int], None]  # split, samples done, samples in all
-
-
-class Encoder(Protocol):
-    """What a probe needs of a model (``copernicus.models``): a ``torch.nn.Module`` with two more methods."""
-
-    training: bool
-
-    def encode(
-        self, x_BCHW: Tensor, sensor: Sensor, metadata: Tensor | None = None, normalize: bool = True
-    ) -> Tensor: ...
-    def encode_dense(
-        self, x_BCHW: Tensor, sensor: Sensor, metadata: Tensor | None = None, normalize: bool = True
-    ) -> list[Tensor]: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def train(self, mode: bool = True) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,10 @@ def cells(settings: Sweep, pretrained: Model | None, checkpoint: Path | None) ->
 
 
 def build_encoder(cell: Cell) -> Any:
-    """The cell's encoder: mean-pooled patch tokens, frozen."""
+    """The cell's encoder, frozen; those of the zoo pool their patch tokens."""
     from copernicus.models.language import LanguageTable
     from copernicus.models.weights import load_weights
-    from copernicus.models.zoo import create_model
+    from copernicus.models.zoo import create_encoder
     from copernicus.platform.objective import architecture
 
     sizes = cell.model.encoder_overrides()
@@ -88,7 +88,7 @@ def build_encoder(cell: Cell) -> Any:
             f"encoder {cell.name}: {cell.weights} is of {known[0]} {known[1]}, not {cell.model.name} {sizes}"
         )
     language = {"language": LanguageTable.load(cell.language)} if cell.language else {}
-    model = create_model(cell.model.name, global_pool=True, seed=cell.seed, **sizes, **language)
+    model = create_encoder(cell.model.name, TASKS[cell.task].sensor, cell.seed, **sizes, **language)
     if cell.weights != "none":
         load_weights(model, cell.weights)
     return model.eval().requires_grad_(False)

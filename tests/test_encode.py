@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from copernicus.datasets.geotiff import read_image
 from copernicus.datasets.sensors import InputError, get_sensor
-from copernicus.models import create_model
+from copernicus.models import create_encoder, create_model
 from copernicus.platform.encode import cut_windows, encode_command, encode_image, fit_to_patches
 from copernicus.platform.quicklook import Window, component_map, principal_components, stretch
 
@@ -36,9 +36,9 @@ def write_s1(path, height=40, width=56, crs="EPSG:32633", seed=0):
     return values
 
 
-def run(images, out, sensor="s1_grd", weights=None, **options):
+def run(images, out, sensor="s1_grd", weights=None, model="copernicus_fm_small", sizes=TINY, **options):
     console = Console(file=io.StringIO(), width=200)
-    summary = encode_command(images, sensor, weights, out, "copernicus_fm_small", TINY, console, **options)
+    summary = encode_command(images, sensor, weights, out, model, sizes, console, **options)
     return summary, console.file.getvalue()
 
 
@@ -89,6 +89,38 @@ def test_rows_hold_what_the_model_says_of_each_window(tmp_path):
     assert [p.name for p in summary.quicklooks] == ["e_S1A_20200102T030405.png"]
     assert summary.quicklooks[0].read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in out.parent.iterdir()) == ["e.parquet", "e_S1A_20200102T030405.png"]
+
+
+@pytest.mark.parametrize("name", ["vit_small", "dofa_small", "band_means:BandMeans"])
+def test_other_encoders_serve_too(name, tmp_path, monkeypatch):
+    (tmp_path / "band_means.py").write_text(
+        "import torch\n"
+        "class BandMeans(torch.nn.Module):\n"
+        "    inputs, takes = 'anything', staticmethod(lambda sensor: True)\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.scale = torch.nn.Parameter(torch.ones(()))\n"
+        "    def encode(self, x, sensor, metadata=None, normalize=True):\n"
+        "        return self.scale * x.mean((-2, -1))\n"
+        "    def encode_dense(self, x, sensor, metadata=None, normalize=True):\n"
+        "        return [self.scale * torch.nn.functional.avg_pool2d(torch.nan_to_num(x), 8)]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    values = write_s1(tmp_path / "a.tif")
+    own = ":" in name
+    summary, text = run(
+        [tmp_path / "a.tif"], tmp_path / "e.parquet", model=name, sizes={} if own else TINY, image_size=32
+    )
+    rows = pq.read_table(summary.embeddings).to_pylist()
+    assert summary.embed_dim == len(rows[0]["embedding"]) == (2 if own else TINY["embed_dim"])
+    assert ("RANDOM WEIGHTS" in text) != own
+    if own:
+        assert rows[0]["embedding"] == pytest.approx(values[:, :32, :32].mean((1, 2)), rel=1e-4)
+    else:
+        encoder = create_encoder(name, get_sensor("s1_grd"), **TINY)
+        with torch.inference_mode():
+            z_BD = encoder.encode(torch.from_numpy(values[None, :, :32, :32].copy()), get_sensor("s1_grd"))
+        assert rows[0]["embedding"] == pytest.approx(z_BD[0].tolist(), abs=1e-4)
 
 
 def test_unknown_place_and_date_are_null_and_said(tmp_path):

@@ -22,7 +22,8 @@ def same_weights(a, b):
 
 
 def test_names():
-    assert set(ZOO) == {f"copernicus_fm_{s}{m}" for s in ("small", "base", "large", "huge") for m in ("", "_mae")}
+    copernicus = {f"copernicus_fm_{s}{m}" for s in ("small", "base", "large", "huge") for m in ("", "_mae")}
+    assert set(ZOO) == copernicus | {"vit_small", "vit_base", "dofa_small", "dofa_base", "dofa_large"}
     with pytest.raises(InputError, match="copernicus_fm_base"):
         create_model("copernicus_fm_medium")
     with pytest.raises(InputError, match=r"widht.*embed_dim"):
