@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -49,7 +50,7 @@ def test_what_was_put_is_found_bit_by_bit(tmp_path_factory, keys, bits, cuts):
     stored = {k: (np.array(bits, np.uint32) + np.uint32(i)).view(np.float32) for i, k in enumerate(keys)}
     store = FeatureStore(folder, DIM)
     edges = [0, *sorted(cuts), len(keys)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         if keys[start:stop]:
             store.put({k: stored[k] for k in keys[start:stop]})
     for opened in (store, FeatureStore(folder, DIM)):
