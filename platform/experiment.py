@@ -91,6 +91,11 @@ class Distill:
     weight: float = 0.1
     cache: Optional[str] = None  # folder that keeps the teacher's features; none: they are computed at every step
 
+    def absolute(self) -> Distill:
+        """With folders that a process in another directory finds as well."""
+        teacher = self.teacher if self.teacher.startswith("hf://") else str(Path(self.teacher).absolute())
+        return dataclasses.replace(self, teacher=teacher, cache=self.cache and str(Path(self.cache).absolute()))
+
 
 @dataclass(frozen=True)
 class Pretrain:
