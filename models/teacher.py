@@ -15,16 +15,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from copernicus.datasets.sensors import InputError
-
-if TYPE_CHECKING:
-    from transformers import Dinov2Model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INSTALL = "pip install 'copernicus-platform[distill]'"
@@ -43,7 +40,7 @@ class DinoTeacher:
         identity: 32 hex digits of its settings' and weights' files: equal identities give equal answers.
     """
 
-    def __init__(self, model: Dinov2Model, identity: str) -> None:
+    def __init__(self, model: Any, identity: str) -> None:
         self._model = model.eval().requires_grad_(False)
         self.dim: int = model.config.hidden_size
         self.patch: int = model.config.patch_size
@@ -51,7 +48,7 @@ class DinoTeacher:
 
     def to(self, device: torch.device | str) -> DinoTeacher:
         """Move it, and return it."""
-        self._model.to(device)  # type: ignore[arg-type]
+        self._model.to(device)
         return self
 
     @torch.no_grad()
@@ -94,7 +91,7 @@ def load_teacher(source: str, device: torch.device | str = "cpu") -> DinoTeacher
     try:
         with _quiet():
             # The library knows under which names earlier versions of it have saved the tensors.
-            model, report = Dinov2Model.from_pretrained(
+            loaded: Any = Dinov2Model.from_pretrained(
                 folder, config=Dinov2Config.from_dict(config), use_safetensors=True, local_files_only=True,
                 dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
@@ -102,6 +99,7 @@ def load_teacher(source: str, device: torch.device | str = "cpu") -> DinoTeacher
         raise InputError(
             f"teacher {source}: {CONFIG_FILE} and {WEIGHTS_FILE} are not those of a DINOv2 ({_line(error)})"
         ) from error
+    model, report = loaded
     if wrong := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
         raise InputError(
             f"teacher {source}: {len(wrong)} tensors that {CONFIG_FILE} asks for are not in {WEIGHTS_FILE} or have another "
