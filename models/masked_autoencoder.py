@@ -333,11 +333,6 @@ class MaskedAutoencoder(CopernicusFMViT):
             target_BXCQ = target_BXCQ.transpose(2, 3).reshape(target_BXCQ.shape)
         return (pred_BXCQ.float() - target_BXCQ).square().mean(dim=(1, 2, 3))
 
-    def student(self, x_BCHW: Tensor, sensor: Sensor, metadata: Tensor | None) -> Tensor:
-        """What distillation compares with the teacher: (B, distill_dim), from all tokens, class token and un-normed."""
-        z_BTD, _ = self.forward_tokens(x_BCHW, metadata, sensor=sensor)
-        return self.student_proj(z_BTD.mean(dim=1))
-
     @torch.no_grad()
     def reconstruct(
         self, x_BCHW: Tensor, sensor: Sensor, metadata: Tensor | None, noise_BL: Tensor

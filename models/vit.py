@@ -226,7 +226,7 @@ def embed_metadata(
 
 def fixed_positions(derived: Derived, table_1TD: Tensor, grid: tuple[int, int]) -> Tensor:
     """A position table for a token grid. A frozen one is resized once for each grid."""
-    if table_1TD.requires_grad:
+    if table_1TD.requires_grad or (grid[0] == grid[1] and table_1TD.shape[1] == 1 + grid[0] ** 2):
         return resize_table(table_1TD, grid)
     with torch.inference_mode(False):  # a table made in inference mode could not serve training later
         return derived.get(("positions", id(table_1TD), grid), [table_1TD], lambda: resize_table(table_1TD, grid))

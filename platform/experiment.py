@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import json
 import re
 import types
@@ -84,6 +85,21 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """The encoder also imitates a frozen DINOv2 on Sentinel-2's red, green and blue. ``teacher``: a folder with
+    config.json and model.safetensors, or hf://owner/repository (published: hf://facebook/dinov2-base)."""
+
+    teacher: str = ""
+    weight: float = 0.1
+    cache: Optional[str] = None  # folder that keeps the teacher's features; none: they are computed at every step
+
+    def absolute(self) -> Distill:
+        """With folders that a process in another directory finds as well."""
+        teacher = self.teacher if self.teacher.startswith("hf://") else str(Path(self.teacher).absolute())
+        return dataclasses.replace(self, teacher=teacher, cache=self.cache and str(Path(self.cache).absolute()))
+
+
+@dataclass(frozen=True)
 class Pretrain:
     """Masked-autoencoder pretraining. Learning rate as published: ``blr`` * batch_size / 256 after the warm-up.
 
@@ -98,6 +114,7 @@ class Pretrain:
     preset: str = "default"  # or published
     require: str = "any"  # any: grids with any of the sensors train with those they have; all: only whole ones
     model: Model = field(default_factory=Model)
+    distill: Optional[Distill] = None
     sensors: list[str] = field(default_factory=lambda: list(SENSORS))
     image_size: dict[str, int] = field(default_factory=dict)
     epochs: int = 100
@@ -214,7 +231,7 @@ SCALES = ("tiny", "small", "full")
 WITHOUT_EFFECT = (
     "tracking", "output",
     "pretrain.workers", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
-    "pretrain.index", "pretrain.checkpoint_every", "pretrain.checkpoint_minutes", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
+    "pretrain.index", "pretrain.distill.cache", "pretrain.checkpoint_every", "pretrain.checkpoint_minutes", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
     "sweep.cache", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
 )  # fmt: skip
 """Keys (and sections) that leave the results as they are."""
@@ -422,6 +439,20 @@ def _validate(e: Experiment, source: str) -> None:
         low_high = p.channel_fraction
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= 1:
             raise wrong("pretrain.channel_fraction", f"must be [low, high] with 0 < low <= high <= 1, it is {low_high}")
+        if (d := p.distill) is not None:
+            if not d.teacher:
+                raise wrong("pretrain.distill.teacher", "missing: give a folder, or hf://facebook/dinov2-base")
+            if not d.teacher.startswith("hf://"):
+                exists("pretrain.distill.teacher", d.teacher)
+            positive("pretrain.distill.weight", d.weight)
+            if d.cache is not None and "://" in d.cache:
+                raise wrong("pretrain.distill.cache", f"must be a folder of a file system, it is {d.cache}")
+            if "s2_toa" not in p.sensors:
+                raise wrong(
+                    "pretrain.distill", "the teacher sees red, green and blue of s2_toa: add it to pretrain.sensors"
+                )
+            if importlib.util.find_spec("transformers") is None:
+                raise wrong("pretrain.distill", "needs transformers: pip install 'copernicus-platform[distill]'")
 
     if (s := e.sweep) is not None:
         if not s.data:

@@ -1,6 +1,6 @@
 """What a pretraining step computes: the plan that all ranks share, the model, and the loss of each row and sensor.
 
-Shapes: B rows of this rank's share, S sensors.
+Shapes: B rows of this rank's share, S sensors, N = S losses of a row, or S + 1 with the distillation's as the last.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from copernicus.datasets.order import Order, generator
 from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
+from copernicus.models.distillation import RGB_SENSOR, Teacher, imitation_loss, rgb_view
 from copernicus.models.masked_autoencoder import MaskedAutoencoder
 from copernicus.models.published import blank_batch
 from copernicus.models.zoo import create_model
@@ -37,6 +38,7 @@ class Plan:
     grids_seen: int  # usable or not
     whole_epoch: tuple[int, int] = (0, 0)  # see Coverage.expected
     warning: str = ""  # about the data as a whole
+    distill_dim: int = 0  # the teacher's width; 0: no distillation
 
     @property
     def steps_per_epoch(self) -> float:
@@ -46,6 +48,24 @@ class Plan:
     def published(self) -> bool:
         """The public code's quirks are wanted; each has a function in `datasets.published` or `models.published`."""
         return self.settings.preset == "published"
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What the columns of `PerRowLoss`'s answer are."""
+        return (*(s.name for s in self.sensors), *(("distill",) if self.settings.distill else ()))
+
+    def present(self, present_BS: torch.Tensor) -> torch.Tensor:
+        """Which losses a row has, (B, N): the distillation's where it has the image that the teacher sees."""
+        if not self.settings.distill:
+            return present_BS
+        return torch.cat([present_BS, present_BS[:, [self.losses.index(RGB_SENSOR.name)]]], dim=1)
+
+    def weigh(self, loss_BN: torch.Tensor, present_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `weigh`; the distillation's loss is added to its row's with its weight."""
+        total, rows = weigh(loss_BN[:, : len(self.sensors)], present_BN[:, : len(self.sensors)])
+        if self.settings.distill:
+            total = total + self.settings.distill.weight * (loss_BN[:, -1] * present_BN[:, -1]).sum()
+        return total, rows
 
     def reader(self, augment: bool) -> DrawReader:
         drop = self.settings.metadata_drop if augment and not self.published else 0.0
@@ -88,21 +108,25 @@ class Plan:
 
 
 class PerRowLoss(torch.nn.Module):
-    """The autoencoder as one module for DDP: a batch, in the sensors' units -> the loss of every row and sensor, (B, S).
+    """The autoencoder as one module for DDP: a batch, in the sensors' units -> the loss of every row and sensor, and with
+    a teacher the distillation's, (B, N).
 
     Every sensor runs in every step, absent rows as zeros that get no weight in the loss: so all ranks touch the same
     parameters, whichever sensors their grids have.
     """
 
-    def __init__(self, autoencoder: MaskedAutoencoder, sensors: tuple[Sensor, ...]):
+    def __init__(self, autoencoder: MaskedAutoencoder, sensors: tuple[Sensor, ...], teacher: Teacher | None = None):
         super().__init__()
+        assert not isinstance(teacher, torch.nn.Module), "it would be trained, averaged over ranks and saved"
         self.autoencoder = autoencoder
         self.sensors = sensors
+        self.teacher = teacher
 
     def forward(self, batch: dict[str, torch.Tensor], channels: dict[str, list[int] | None]) -> torch.Tensor:
+        images = {sensor.name: sensor.normalize(batch[f"x_{sensor.name}"]) for sensor in self.sensors}
         masked = [
             self.autoencoder.hide(
-                sensor.normalize(batch[f"x_{sensor.name}"]),
+                images[sensor.name],
                 sensor,
                 batch["metadata"][:, index],
                 batch[f"noise_{sensor.name}"],
@@ -110,7 +134,12 @@ class PerRowLoss(torch.nn.Module):
             )
             for index, sensor in enumerate(self.sensors)
         ]
-        return torch.stack(self.autoencoder.losses(masked)[0], dim=1)
+        if self.teacher is None:
+            return torch.stack(self.autoencoder.losses(masked)[0], dim=1)
+        optical = [sensor.name for sensor in self.sensors].index(RGB_SENSOR.name)
+        rgb = rgb_view(images[RGB_SENSOR.name], batch["metadata"][:, optical])
+        losses, (tokens_BTD,) = self.autoencoder.losses(masked, [rgb])
+        return torch.stack([*losses, imitation_loss(self.autoencoder, tokens_BTD, self.teacher, rgb.x_BCHW)], dim=1)
 
 
 def weigh(loss_BS: torch.Tensor, present_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,6 +158,7 @@ def build_autoencoder(plan: Plan) -> MaskedAutoencoder:
         mask_ratio=settings.mask_ratio,
         norm_pix_loss=settings.norm_pix_loss,
         published=plan.published,
+        distill_dim=plan.distill_dim,
         **settings.model.overrides(),
     )
     return model

@@ -1,11 +1,12 @@
 """Masked-autoencoder pretraining on Ray Train: the driver, and the loop that each worker runs, read top to bottom.
 
-Shapes: B rows of this rank's share, C channels, S sensors, L tokens.
+Shapes: B rows of this rank's share, C channels, S sensors, N losses of a row (see objective.py), L tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -28,11 +29,13 @@ from copernicus.datasets.raw_index import survey_layout, unknown_offsets
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import Problem
 from copernicus.models.masked_autoencoder import parameter_groups
+from copernicus.models.teacher import load_teacher
 from copernicus.platform.experiment import Pretrain
 from copernicus.platform.indexing import open_index
 from copernicus.platform.mailbox import Listener, new_mailbox, post, stop_run
-from copernicus.platform.objective import CHECKPOINT_FILE, PerRowLoss, Plan, build_autoencoder, freeze_unreached, weigh
+from copernicus.platform.objective import CHECKPOINT_FILE, PerRowLoss, Plan, build_autoencoder, freeze_unreached
 from copernicus.platform.skipped import grids_of, problems_in, skipped_metrics, too_many_skipped
+from copernicus.platform.teacher_cache import CachedTeacher, open_teacher
 
 
 class PretrainFailed(RuntimeError):
@@ -67,7 +70,8 @@ def train_worker(config: dict[str, Any]) -> None:
     held_out: GridIndex = ray.get(config["held_out"])
 
     autoencoder = build_autoencoder(plan)
-    loss_module = PerRowLoss(autoencoder, plan.sensors)
+    teacher = open_teacher(settings.distill, device)
+    loss_module = PerRowLoss(autoencoder, plan.sensors, teacher)
     freeze_unreached(loss_module, plan)
     model = ray.train.torch.prepare_model(loss_module)
     groups = parameter_groups(loss_module, settings.weight_decay)
@@ -75,14 +79,21 @@ def train_worker(config: dict[str, Any]) -> None:
     assert sum(len(g["params"]) for g in groups) == len(trained), "a parameter escaped the optimiser"
     optimizer = torch.optim.AdamW(groups, betas=(settings.betas[0], settings.betas[1]), lr=0.0, fused=True)
 
+    teachers = set(gather(teacher.identity if teacher is not None else None, world_size))
     step, problems, coverage = 0, {str(p): p for p in plan.problems}, Coverage()
     if (found := ray.train.get_checkpoint()) is not None:
         with found.as_directory() as folder:
             saved = torch.load(Path(folder) / CHECKPOINT_FILE, map_location=device, weights_only=True)
+        teachers |= {saved.get("teacher")}
         autoencoder.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, coverage = saved["step"], Coverage({k: tuple(v) for k, v in saved["coverage"].items()})
         problems |= {str(p): p for p in (Problem(*fields) for fields in saved["problems"])}
+    if len(teachers) > 1:
+        stop_run(
+            mailbox, rank, "pretrain.distill.teacher: its files differ between nodes, or from those this run began with"
+        )
+        return
 
     steps = plan.order.steps(settings.batch_size)
     evaluate_at, save_at = (
@@ -100,17 +111,17 @@ def train_worker(config: dict[str, Any]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(step)
         batch = batch | {"metadata": plan.metadata(batch, step)}
-        loss_BS = model(batch, {s.name: plan.channels(step, s) for s in plan.sensors})
-        total, rows = weigh(loss_BS, batch["present"])
+        loss_BN = model(batch, {s.name: plan.channels(step, s) for s in plan.sensors})
+        present = plan.present(batch["present"]).to(loss_BN.dtype)
+        total, rows = plan.weigh(loss_BN, present)
 
         # One reduction carries what every rank must agree on: rows, loss, new problems, whether a checkpoint is due by
-        # rank 0's clock, per-sensor losses.
+        # rank 0's clock, each loss.
         due = rank == 0 and time.monotonic() - checkpointed > settings.checkpoint_minutes * 60
         new = [p for p in problems_in(columns) if str(p) not in problems]
-        present = batch["present"].to(loss_BS.dtype)
         facts = torch.cat([
             torch.stack([rows.to(total.dtype), total.detach(), total.new_tensor(len(new)), total.new_tensor(due)]),
-            (loss_BS.detach() * present).sum(0),
+            (loss_BN.detach() * present).sum(0),
             present.sum(0),
         ])  # fmt: skip
         if world_size > 1:
@@ -130,14 +141,16 @@ def train_worker(config: dict[str, Any]) -> None:
             for problem in (p for part in gather(new, world_size) for p in part):
                 problems.setdefault(str(problem), problem)
         skipped = len(grids_of(problems.values())) / plan.grids_seen
-        sums, counts = facts[4 : 4 + len(plan.sensors)], facts[4 + len(plan.sensors) :]
+        sums, counts = facts[4:].chunk(2)
         metrics = {"train/loss": (facts[1] / global_rows).item(), "train/lr": plan.learning_rate(step - 1)}
         metrics |= {
-            f"train/loss_{s.name}": (sums[i] / counts[i]).item() for i, s in enumerate(plan.sensors) if counts[i] > 0
+            f"train/loss_{name}": (sums[i] / counts[i]).item() for i, name in enumerate(plan.losses) if counts[i] > 0
         }
         metrics["train/samples_seen"] = min(step * settings.batch_size, plan.order.samples)
         metrics["train/epoch"] = metrics["train/samples_seen"] / plan.order.samples_per_epoch
         metrics["train/samples_per_s"] = (step - first_step) * settings.batch_size / (time.monotonic() - started)
+        if isinstance(teacher, CachedTeacher):
+            metrics["train/teacher_cached"] = teacher.found / teacher.asked  # of this rank's images
         metrics |= skipped_metrics(problems.values(), skipped)
         if not math.isfinite(metrics["train/loss"]):
             message = (
@@ -173,6 +186,7 @@ def train_worker(config: dict[str, Any]) -> None:
                         "step": step,
                         "samples_seen": int(metrics["train/samples_seen"]),
                         "coverage": {k: list(v) for k, v in coverage.epochs.items()},
+                        "teacher": teacher.identity if teacher is not None else None,
                         "architecture": {"name": settings.model.name, **settings.model.encoder_overrides()},
                         "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
                     }
@@ -198,22 +212,22 @@ class _Evaluation:
             return {}
         new: list[Problem] = []
         module: Any = model.module if hasattr(model, "module") else model  # ranks may hold unequally many batches
-        sensors, reader = self.plan.sensors, self.plan.reader(augment=False)
-        facts = torch.zeros(2 * len(sensors) + 2, dtype=torch.float64, device=self.device)
+        names, reader = self.plan.losses, self.plan.reader(augment=False)
+        facts = torch.zeros(2 * len(names) + 2, dtype=torch.float64, device=self.device)
         size = self.plan.order.share(self.plan.settings.batch_size, self.world_size)
         for start in range(0, len(self.grids), size):
             columns = reader.batch([(grid, -1, 0) for grid in self.grids[start : start + size]])
             new += problems_in(columns)
             batch = tensors(columns, self.device)
-            loss_BS = module(batch, {})
-            present = batch["present"].to(loss_BS.dtype)
-            total, rows = weigh(loss_BS, batch["present"])
-            facts += torch.cat([(loss_BS * present).sum(0), present.sum(0), torch.stack([total, rows])]).double()
+            loss_BN = module(batch, {})
+            present = self.plan.present(batch["present"]).to(loss_BN.dtype)
+            total, rows = self.plan.weigh(loss_BN, present)
+            facts += torch.cat([(loss_BN * present).sum(0), present.sum(0), torch.stack([total, rows])]).double()
         if self.world_size > 1:
             torch.distributed.all_reduce(facts)
         problems.update({str(p): p for part in gather(new, self.world_size) for p in part})
-        sums, counts = facts[: len(sensors)], facts[len(sensors) : 2 * len(sensors)]
-        metrics = {f"val/loss_{s.name}": (sums[i] / counts[i]).item() for i, s in enumerate(sensors) if counts[i] > 0}
+        sums, counts = facts[:-2].chunk(2)
+        metrics = {f"val/loss_{name}": (sums[i] / counts[i]).item() for i, name in enumerate(names) if counts[i] > 0}
         if facts[-1] > 0:
             metrics["val/loss"] = (facts[-2] / facts[-1]).item()
         return metrics
@@ -242,6 +256,11 @@ def pretrain(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    distill_dim = 0
+    if settings.distill:
+        # Found wrong here rather than on a worker; and workers run in another directory.
+        distill_dim = load_teacher(settings.distill.teacher).dim
+        settings = dataclasses.replace(settings, distill=settings.distill.absolute())
     warning = ""
     if settings.geotiffs:
         layout = read_layout(settings.geotiffs)
@@ -267,6 +286,7 @@ def pretrain(
         grids_seen=whole.grids_seen,
         whole_epoch=Coverage.expected(train.keys, settings.draws_per_grid),
         warning=warning,
+        distill_dim=distill_dim,
     )
     plan.reader(augment=True)  # sizes are checked here, not on a worker
     # A shard that could not be opened at all names no grids: its share of the shards stands for its share of the grids.

@@ -1,6 +1,7 @@
 """The experiment YAML: what is right gives the settings it says; what is wrong gives one line that helps."""
 
 import dataclasses
+import importlib.util
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import yaml
 
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS
-from copernicus.platform.experiment import Experiment, ExperimentError, Pretrain, load_experiment
+from copernicus.platform.experiment import Distill, Experiment, ExperimentError, Pretrain, load_experiment
 
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 
@@ -213,6 +214,32 @@ def test_the_fingerprint_stays_with_what_does_not(override):
     assert load(override).fingerprint == load().fingerprint
 
 
+def test_distillation_is_off_unless_a_teacher_is_named(monkeypatch):
+    plain, on = load(), load("pretrain.distill={teacher: hf://facebook/dinov2-base}")
+    assert plain.pretrain.distill is None
+    assert "distill" not in plain.to_yaml()
+    assert on.pretrain.distill == Distill("hf://facebook/dinov2-base", 0.1, None)
+    assert load("pretrain.distill.teacher=hf://facebook/dinov2-base") == on
+    assert on.fingerprint != plain.fingerprint
+    cached = load("pretrain.distill={teacher: hf://facebook/dinov2-base, cache: features}")
+    assert cached.fingerprint == on.fingerprint, "a cache changes no result"
+    assert (
+        load("pretrain.distill.teacher=hf://facebook/dinov2-base", "pretrain.distill.weight=1").fingerprint
+        != on.fingerprint
+    )
+    said = complaint(
+        "pretrain.distill={teacher: hf://facebook/dinov2-base}", "pretrain.sensors=[dem]", "pretrain.image_size={}"
+    )
+    assert "add it to pretrain.sensors" in said
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "transformers" else real(name, *a)
+    )
+    assert "pip install 'copernicus-platform[distill]'" in complaint(
+        "pretrain.distill={teacher: hf://facebook/dinov2-base}"
+    )
+
+
 # --- What is wrong ---------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +258,12 @@ def test_the_fingerprint_stays_with_what_does_not(override):
         ("pretrain.epochs=", ["pretrain.epochs", "None", "int"]),
         ("pretrain.epochs=???", ["pretrain.epochs", "issing"]),
         ("pretrain.blr=fast", ["pretrain.blr", "fast", "Float"]),
+        ("pretrain.distill={}", ["pretrain.distill.teacher: missing", "hf://facebook/dinov2-base"]),
+        ("pretrain.distill=yes", ["pretrain.distill: must be a section with the keys teacher, weight, cache"]),
+        ("pretrain.distill={teacher: nowhere}", ["pretrain.distill.teacher: no such file or folder: nowhere"]),
+        ("pretrain.distill={teacher: ., weight: 0}", ["pretrain.distill.weight: must be positive", "0"]),
+        ("pretrain.distill={teacher: ., cache: 's3://b/c'}", ["pretrain.distill.cache: must be a folder", "s3://b/c"]),
+        ("pretrain.distill={teacher: ., temperature: 1}", ["pretrain.distill.temperature: unknown key", "weight, cache"]),
         ("pretrain.model=base", ["pretrain.model: must be a section with the keys name, embed_dim", "'base'"]),
         ("pretrain=[1]", ["pretrain: must be a section"]),
         ("sweep.tasks=eurosat_s2", ["sweep.tasks: must be a list", "'eurosat_s2'"]),
