@@ -55,7 +55,8 @@ def parallelise(loss_module: PerRowLoss, kind: str, device: torch.device) -> nn.
     for module in loss_module.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
-    return fully_shard(loss_module, mesh=mesh)
+    fully_shard(loss_module, mesh=mesh)  # in place
+    return loss_module
 
 
 def whole_state(loss_module: PerRowLoss, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -41,7 +41,9 @@ class Trainer:
         self.loss = PerRowLoss(build_autoencoder(self.plan), self.plan.sensors)
         freeze_unreached(self.loss, self.plan)
         self.model = parallelise(self.loss, kind, CPU) if kind else self.loss
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.loss, 0.05), lr=LR, betas=(0.9, 0.95), eps=EPS, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.loss, 0.05), lr=LR, betas=(0.9, 0.95), eps=EPS, fused=True
+        )
 
     def step(self, number: int) -> tuple[float, float]:
         """The global batch's loss and gradient norm. The ranks' shares hold unequally many rows: the last is empty."""
