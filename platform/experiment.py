@@ -133,6 +133,7 @@ class Pretrain:
     val_fraction: float = 0.05
     val_every: int = 1
     workers: int = 2
+    parallel: str = "ddp"  # ddp: each worker holds the whole model; fsdp: a share of it, for those that fit no GPU
     cpus_per_worker: float = 0.5
     gpus_per_worker: float = 0.0
     data_cpus: float = 1.0
@@ -230,7 +231,7 @@ class Experiment:
 SCALES = ("tiny", "small", "full")
 WITHOUT_EFFECT = (
     "tracking", "output",
-    "pretrain.workers", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
+    "pretrain.workers", "pretrain.parallel", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
     "pretrain.index", "pretrain.distill.cache", "pretrain.checkpoint_every", "pretrain.checkpoint_minutes", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
     "sweep.cache", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
 )  # fmt: skip
@@ -410,6 +411,7 @@ def _validate(e: Experiment, source: str) -> None:
         choice("pretrain.s2_offset", p.s2_offset, POLICIES)
         choice("pretrain.preset", p.preset, ("default", "published"))
         choice("pretrain.require", p.require, ("any", "all"))
+        choice("pretrain.parallel", p.parallel, ("ddp", "fsdp"))
         for shards in p.shards:
             if "://" in shards:
                 continue  # found out when it is listed

@@ -59,6 +59,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
+    from copernicus.platform.parallel import parallelise, restore, whole_state
     from copernicus.platform.stream import Share, batches, on_device
 
     plan: Plan = config["plan"]
@@ -73,7 +74,7 @@ def train_worker(config: dict[str, Any]) -> None:
     teacher = open_teacher(settings.distill, device)
     loss_module = PerRowLoss(autoencoder, plan.sensors, teacher)
     freeze_unreached(loss_module, plan)
-    model = ray.train.torch.prepare_model(loss_module)
+    model = parallelise(loss_module, settings.parallel, device)
     groups = parameter_groups(loss_module, settings.weight_decay)
     trained = [p for p in loss_module.parameters() if p.requires_grad]
     assert sum(len(g["params"]) for g in groups) == len(trained), "a parameter escaped the optimiser"
@@ -83,10 +84,10 @@ def train_worker(config: dict[str, Any]) -> None:
     step, problems, coverage = 0, {str(p): p for p in plan.problems}, Coverage()
     if (found := ray.train.get_checkpoint()) is not None:
         with found.as_directory() as folder:
-            saved = torch.load(Path(folder) / CHECKPOINT_FILE, map_location=device, weights_only=True)
+            # Mapped, not read: where each worker keeps a share, none needs memory for the whole.
+            saved = torch.load(Path(folder) / CHECKPOINT_FILE, map_location="cpu", weights_only=True, mmap=True)
+            restore(loss_module, optimizer, saved["model"], saved["optimizer"])
         teachers |= {saved.get("teacher")}
-        autoencoder.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
         step, coverage = saved["step"], Coverage({k: tuple(v) for k, v in saved["coverage"].items()})
         problems |= {str(p): p for p in (Problem(*fields) for fields in saved["problems"])}
     if len(teachers) > 1:
@@ -129,7 +130,7 @@ def train_worker(config: dict[str, Any]) -> None:
         global_rows = facts[0].clamp(min=1)
 
         optimizer.zero_grad(set_to_none=True)
-        # DDP averages over ranks; this makes the average the mean over the global batch's rows.
+        # DDP and FSDP average over ranks; this makes the average the mean over the global batch's rows.
         (total * (world_size / global_rows)).backward()
         if settings.clip_grad_norm:
             torch.nn.utils.clip_grad_norm_(loss_module.parameters(), settings.clip_grad_norm)
@@ -177,12 +178,13 @@ def train_worker(config: dict[str, Any]) -> None:
             metrics["data/epochs_verified"] = float(int(metrics["train/samples_seen"]) // plan.order.samples_per_epoch)
         post(mailbox, rank, step, metrics, wait=last)
         if saving:
+            weights, optimizer_state = whole_state(loss_module, optimizer)  # all ranks take part
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = None
                 if rank == 0:
                     state = {
-                        "model": autoencoder.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "model": weights,
+                        "optimizer": optimizer_state,
                         "step": step,
                         "samples_seen": int(metrics["train/samples_seen"]),
                         "coverage": {k: list(v) for k, v in coverage.epochs.items()},
@@ -201,22 +203,24 @@ class _Evaluation:
     def __init__(self, plan: Plan, held_out: GridIndex, rank: int, world_size: int, device: torch.device):
         self.plan, self.device, self.world_size = plan, device, world_size
         self.grids = held_out.entries(range(rank, len(held_out), world_size))
-        self.any = bool(len(held_out))
+        self.most = -(-len(held_out) // world_size)
 
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module, problems: dict[str, Problem]) -> dict[str, float]:
         """The metrics; what cannot be read is added to ``problems`` on every rank."""
         from copernicus.platform.stream import tensors
 
-        if not self.any:
+        if not self.most:
             return {}
         new: list[Problem] = []
-        module: Any = model.module if hasattr(model, "module") else model  # ranks may hold unequally many batches
+        module: Any = model.module if hasattr(model, "module") else model  # nothing for DDP to join here
         names, reader = self.plan.losses, self.plan.reader(augment=False)
         facts = torch.zeros(2 * len(names) + 2, dtype=torch.float64, device=self.device)
         size = self.plan.order.share(self.plan.settings.batch_size, self.world_size)
-        for start in range(0, len(self.grids), size):
-            columns = reader.batch([(grid, -1, 0) for grid in self.grids[start : start + size]])
+        # As many batches as rank 0, which has the most grids, empty ones if need be: under FSDP a forward fetches
+        # parameters from all ranks, which wait for each other.
+        for start in range(0, self.most, size):
+            columns = reader.batch([(grid, -1, 0) for grid in self.grids[start : start + size]] or [None])
             new += problems_in(columns)
             batch = tensors(columns, self.device)
             loss_BN = module(batch, {})
