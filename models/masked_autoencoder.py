@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.models.attention import pack, unpack
+from copernicus.models.blocks import Block, run_blocks
 from copernicus.models.initialise import initialise
+from copernicus.models.metadata import embed_metadata
 from copernicus.models.patch_embed import PatchPredictor, cut_patches, predict_patches, take_patches
-from copernicus.models.position import sincos_table
-from copernicus.models.vit import Block, CopernicusFMViT, View, embed_metadata, fixed_positions, look, run_blocks
+from copernicus.models.position import fixed_positions, sincos_table
+from copernicus.models.vit import CopernicusFMViT, View, look
 
 DECODER_PREFIXES = (
     "mask_token", "decoder_", "coord_token_dec", "scale_token_dec", "time_token_dec", "coord_fc_decoder",

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError, Sensor
+from copernicus.models.blocks import Block, default_levels, through_blocks
 from copernicus.models.encoder import describe
 from copernicus.models.initialise import generator, initialise
 from copernicus.models.position import resize_table, sincos_table
-from copernicus.models.vit import Block, default_levels, through_blocks
 
 NORM_EPS = 1e-6
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from copernicus.models.derived import Derived
+
 
 def sincos_table(dim: int, grid: int) -> Tensor:
     """Position table of a square token grid: (1, 1 + grid^2, D) float32; row 0, the class token's, is zero.
@@ -35,3 +37,11 @@ def resize_table(table_1TD: Tensor, grid: tuple[int, int]) -> Tensor:
     image_1Dhw = patches_1LD.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     image_1Dhw = F.interpolate(image_1Dhw, size=grid, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([class_11D, image_1Dhw.flatten(2).transpose(1, 2)], dim=1)
+
+
+def fixed_positions(derived: Derived, table_1TD: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A position table for a token grid. A frozen one is resized once for each grid."""
+    if table_1TD.requires_grad or (grid[0] == grid[1] and table_1TD.shape[1] == 1 + grid[0] ** 2):
+        return resize_table(table_1TD, grid)
+    with torch.inference_mode(False):  # a table made in inference mode could not serve training later
+        return derived.get(("positions", id(table_1TD), grid), [table_1TD], lambda: resize_table(table_1TD, grid))

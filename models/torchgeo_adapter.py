@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError, Sensor
+from copernicus.models.blocks import default_levels
 from copernicus.models.encoder import check_takes, raw_values
-from copernicus.models.vit import default_levels
 
 PREFIX = "torchgeo:"
 DATASET = "SSL4EO-S12"

@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from copernicus.datasets.sensors import METADATA_FIELDS, InputError, Sensor
-from copernicus.models import fourier
-from copernicus.models.attention import Groups, attend, group, pack, unpack
+from copernicus.datasets.sensors import InputError, Sensor
+from copernicus.models.blocks import Block, default_levels, through_blocks
 from copernicus.models.derived import Derived
 from copernicus.models.initialise import initialise
 from copernicus.models.language import LanguageTable
+from copernicus.models.metadata import check_metadata, embed_metadata
 from copernicus.models.patch_embed import (
     Kernel,
     SpectralPatchEmbed,
@@ -32,84 +30,7 @@ from copernicus.models.patch_embed import (
     take_patches,
     token_grid,
 )
-from copernicus.models.position import resize_table, sincos_table
-
-_METADATA_LIMITS = ((-180.0, 360.0), (-90.0, 90.0), (-1e7, 1e7), (0.0, fourier.AREA_KM2[1]))
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, z_ND: Tensor, groups: Groups) -> Tensor:
-        return self.proj(attend(self.qkv(z_ND), self.num_heads, groups))
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, z_ND: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(z_ND)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block, MLP ratio 4."""
-
-    def __init__(self, dim: int, num_heads: int, norm_eps: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, 4 * dim)
-
-    def forward(self, z_ND: Tensor, groups: Groups) -> Tensor:
-        """Tokens of sequences that do not see each other -> the same after this block; see ``attention``."""
-        z_ND = z_ND + self.attn(self.norm1(z_ND), groups)
-        return z_ND + self.mlp(self.norm2(z_ND))
-
-
-def run_blocks(blocks: nn.ModuleList, sequences: Sequence[Tensor], recompute: bool = False) -> list[Tensor]:
-    """Batches of sequences (B, T, D), each with its own B and T, in one pass over the blocks.
-
-    Every matrix product then sees the tokens of all batches, and every weight gets its gradient once.
-
-    Args:
-        recompute: keep a block's input alone for the backward pass (activation checkpointing).
-    """
-    z_ND, groups = pack(sequences), group(sequences)
-    for block in blocks:
-        z_ND = _run(block, z_ND, groups, recompute)
-    return unpack(z_ND, sequences)
-
-
-def through_blocks(
-    blocks: nn.ModuleList, z_BTD: Tensor, grid: tuple[int, int], levels: Sequence[int] = (), recompute: bool = False
-) -> tuple[Tensor, list[Tensor]]:
-    """A batch after the last block (B, T, D), and its patch tokens (B, D, h, w) after each block in levels.
-
-    Raises:
-        InputError: a level that is no block.
-    """
-    if missing := [level for level in levels if not 0 <= level < len(blocks)]:
-        raise InputError(f"levels {missing} do not exist: the encoder has blocks 0..{len(blocks) - 1}")
-    (z_ND, groups), taken = (pack([z_BTD]), group([z_BTD])), {}
-    for number, block in enumerate(blocks):
-        z_ND = _run(block, z_ND, groups, recompute)
-        if number in levels:
-            taken[number] = z_ND.unflatten(0, z_BTD.shape[:2])[:, 1:].transpose(1, 2).unflatten(2, grid)
-    return z_ND.unflatten(0, z_BTD.shape[:2]), [taken[level] for level in levels]
-
-
-def _run(block: nn.Module, z_ND: Tensor, groups: Groups, recompute: bool) -> Tensor:
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, z_ND, groups, use_reentrant=False)
-    return block(z_ND, groups)
+from copernicus.models.position import fixed_positions, sincos_table
 
 
 @dataclass(frozen=True)
@@ -161,83 +82,6 @@ def look(
         raise InputError(f"sensor {sensor.name!r}: a patch of {view.patch_kernel} pixels cannot be")
     assert view.grid
     return view
-
-
-def check_metadata(metadata_B4: Tensor | None, batch: int) -> Tensor:
-    """The rows as a (B, 4) tensor, all unknown for None.
-
-    Raises:
-        InputError: another shape, or a value no place, date or area can have; the message names row and field.
-    """
-    if metadata_B4 is None:
-        return torch.full((batch, len(METADATA_FIELDS)), torch.nan)
-    if tuple(metadata_B4.shape) != (batch, len(METADATA_FIELDS)):
-        raise InputError(
-            f"metadata has shape {tuple(metadata_B4.shape)}; for a batch of {batch} images it is "
-            f"({batch}, {len(METADATA_FIELDS)}): {', '.join(METADATA_FIELDS)}"
-        )
-    lower, upper = torch.tensor(_METADATA_LIMITS, dtype=metadata_B4.dtype, device=metadata_B4.device).T
-    wrong_B4 = (metadata_B4 < lower) | (metadata_B4 > upper)
-    if bool(wrong_B4.any()):
-        row, field = (int(i) for i in wrong_B4.nonzero()[0])
-        low, high = _METADATA_LIMITS[field]
-        raise InputError(
-            f"metadata row {row}: {METADATA_FIELDS[field]} is {float(metadata_B4[row, field]):g}, outside "
-            f"{low:g}..{high:g} (NaN means unknown)"
-        )
-    return metadata_B4
-
-
-def embed_metadata(
-    metadata_B4: Tensor,
-    tokens: tuple[Tensor, Tensor, Tensor],
-    layers: tuple[nn.Linear, nn.Linear, nn.Linear],
-    cartesian: bool,
-) -> Tensor:
-    """Sum of the embeddings of place, area and day: (B, 1, D), to be added to every token.
-
-    A row's unknown value takes the learned token instead of its expansion, before the same Linear; the public code
-    does so for the whole batch as soon as one row is unknown. The expansions are made where the metadata lie (on the
-    CPU: no wait for the device).
-
-    Args:
-        metadata_B4: rows of (lon, lat, days, token area), checked: what is out of range is not noticed here.
-        tokens: learned (1, 1, D) stand-ins for unknown place, area and time.
-        layers: Linear(D -> D) of place, area and time.
-        cartesian: place as unit-sphere coordinates.
-    """
-    lon_B, lat_B, days_B, area_B = metadata_B4.unbind(1)
-    known_B3 = ~torch.stack([lon_B.isnan() | lat_B.isnan(), area_B.isnan(), days_B.isnan()], dim=1)
-    lon_B, lat_B, days_B, area_B = metadata_B4.nan_to_num().unbind(1)
-    dim, device = tokens[0].shape[-1], tokens[0].device
-    expanded_B3D = torch.stack(
-        [
-            fourier.encode_coordinates(lon_B, lat_B, dim, cartesian),
-            fourier.encode_area(area_B, dim),
-            fourier.encode_days(days_B, dim),
-        ],
-        dim=1,
-    )
-    unknown_13D = torch.cat(tokens, dim=1)
-    chosen_B3D = torch.where(known_B3[..., None].to(device), expanded_B3D.to(device), unknown_13D)
-    place_BD, area_BD, time_BD = (layer(chosen_B3D[:, i]) for i, layer in enumerate(layers))
-    return (place_BD + area_BD + time_BD)[:, None]
-
-
-def fixed_positions(derived: Derived, table_1TD: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A position table for a token grid. A frozen one is resized once for each grid."""
-    if table_1TD.requires_grad or (grid[0] == grid[1] and table_1TD.shape[1] == 1 + grid[0] ** 2):
-        return resize_table(table_1TD, grid)
-    with torch.inference_mode(False):  # a table made in inference mode could not serve training later
-        return derived.get(("positions", id(table_1TD), grid), [table_1TD], lambda: resize_table(table_1TD, grid))
-
-
-def default_levels(depth: int) -> tuple[int, ...]:
-    """Blocks whose outputs feed dense decoders: the published ones for base and large, else four spread evenly."""
-    if depth in (12, 24):
-        return {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}[depth]
-    count = min(4, depth)
-    return tuple(round((i + 1) * depth / count) - 1 for i in range(count))
 
 
 class CopernicusFMViT(nn.Module):

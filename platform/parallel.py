@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from copernicus.models.vit import Block
+from copernicus.models.blocks import Block
 from copernicus.platform.objective import PerRowLoss
 
 

@@ -21,7 +21,7 @@ from ray.data.block import Block, BlockAccessor, BlockMetadata
 from copernicus.datasets.index import GridIndex
 from copernicus.datasets.order import Order
 from copernicus.datasets.slices import DrawReader
-from copernicus.models.vit import check_metadata
+from copernicus.models.metadata import check_metadata
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS, InputError, Sensor
 from copernicus.models import ZOO, create_model, load_weights
-from copernicus.models.vit import default_levels
+from copernicus.models.blocks import default_levels
 from copernicus.models.zoo import ENCODERS, create_encoder
 
 HERE = Path(__file__).parent / "goldens"

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from copernicus.models import create_model
-from copernicus.models.vit import Block
+from copernicus.models.blocks import Block
 
 GPUS = (8, 16, 64)
 PARAMETER, GRADIENT, MOMENTS = 4, 4, 8
