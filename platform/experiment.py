@@ -31,6 +31,7 @@ from omegaconf.errors import (
 from copernicus.datasets.baseline import POLICIES
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
+from copernicus.models.sources import is_remote
 from copernicus.models.zoo import ZOO
 from copernicus.platform.tracking import mask
 
@@ -433,7 +434,7 @@ def _validate(e: Experiment, source: str) -> None:
             if encoder.weights == "pretrain":
                 if e.pretrain is None or e.kind == "sweep":
                     raise wrong(f"{here}.weights", "this experiment pretrains nothing; give a file, hf://... or none")
-            elif encoder.weights != "none" and not encoder.weights.startswith("hf://"):
+            elif encoder.weights != "none" and not is_remote(encoder.weights):
                 exists(f"{here}.weights", encoder.weights)
         for name, space in s.search.items():
             here = f"sweep.search.{name}"

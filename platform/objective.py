@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from copernicus.datasets.order import Order, generator
-from copernicus.datasets.sensors import InputError, Sensor
+from copernicus.datasets.sensors import Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
 from copernicus.models.zoo import create_model
@@ -105,27 +104,6 @@ def build_autoencoder(plan: Plan) -> torch.nn.Module:
         norm_pix_loss=settings.norm_pix_loss,
         **settings.model.overrides(),
     )
-
-
-def architecture(weights: str | Path) -> tuple[str, dict[str, int]] | None:
-    """The encoder's name in the zoo and its sizes, where ``weights`` is a checkpoint of ours; else None.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    path = Path(weights)
-    if path.is_dir():
-        path = path / CHECKPOINT_FILE
-    if path.suffix != ".pt" or not path.is_file():
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of many kinds; a payload is refused, not run
-        raise InputError(f"weights {path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if not isinstance(saved, dict) or not isinstance(saved.get("architecture"), dict):
-        return None
-    sizes = dict(saved["architecture"])
-    return sizes.pop("name"), sizes
 
 
 def freeze_unreached(loss_module: PerRowLoss, plan: Plan) -> None:

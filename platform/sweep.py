@@ -78,11 +78,11 @@ def build_encoder(cell: Cell) -> Any:
     from copernicus.models.language import LanguageTable
     from copernicus.models.weights import load_weights
     from copernicus.models.zoo import create_model
-    from copernicus.platform.objective import architecture
+    from copernicus.platform.checkpoint import architecture
 
     sizes = cell.model.encoder_overrides()
     # Shapes do not tell the number of heads: a checkpoint of ours says what it is.
-    known = None if cell.weights.startswith("hf://") else architecture(cell.weights)
+    known = None if cell.weights == "none" else architecture(cell.weights)
     if known is not None and known != (cell.model.name, sizes):
         raise InputError(
             f"encoder {cell.name}: {cell.weights} is of {known[0]} {known[1]}, not {cell.model.name} {sizes}"
