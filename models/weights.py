@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError
 from copernicus.models.masked_autoencoder import DECODER_PREFIXES, MaskedAutoencoder
 from copernicus.models.sources import local_file
+from copernicus.models.tensors import read_tensors
 from copernicus.models.vit import CopernicusFMViT
 
 NESTS = ("model", "state_dict")
@@ -41,6 +37,8 @@ class LoadReport:
         under: the key under which the file has its state dict; empty: at the top.
         prefix: what stood before every name in the file and was taken off.
         identity: names of the last norm, which the file has under no name, set to 1 and 0.
+        other_language: variables whose embeddings are not the ones that the weights (a checkpoint of ours) were
+            trained with: features of their sensors mean nothing.
     """
 
     source: str
@@ -53,6 +51,7 @@ class LoadReport:
     under: str = ""
     prefix: str = ""
     identity: tuple[str, ...] = ()
+    other_language: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -77,6 +76,8 @@ class LoadReport:
         if self.other_shape:
             shapes = [f"{name} {list(theirs)} for {list(ours)}" for name, (theirs, ours) in self.other_shape.items()]
             lines.append(f"other shape ({len(shapes)}, file for model): {_shorten(shapes)}")
+        if self.other_language:
+            lines.append(f"trained with other language embeddings of {', '.join(self.other_language)}")
         return "; ".join(lines)
 
 
@@ -103,14 +104,7 @@ def load_weights(model: nn.Module, source: str | Path, strict: bool = True) -> L
         InputError: no such source, a file that holds more than tensors, or (strict) names or shapes that differ.
     """
     with local_file(source) as path:
-        state, under = _read(path)
-    return load_state(model, state, str(source), strict, under)
-
-
-def load_state(
-    model: nn.Module, state: Mapping[str, Tensor], source: str, strict: bool = True, under: str = ""
-) -> LoadReport:
-    """As ``load_weights``, of tensors at hand; ``source`` and ``under`` are for the report."""
+        state, under, trained = _read(path)
     own = model.state_dict()
     names = {name: name for name in state}  # in the file -> in the model
     prefix = ""
@@ -137,7 +131,7 @@ def load_state(
     }
     fitting = {name: values[name] for name in own if name in values and name not in other_shape}
     report = LoadReport(
-        source=source,
+        source=str(source),
         loaded=tuple(fitting),
         missing=tuple(name for name in own if name not in values and name not in identity),
         unexpected=tuple(name for name in values if name not in own),
@@ -147,6 +141,7 @@ def load_state(
         under=under,
         prefix=prefix,
         identity=identity,
+        other_language=tuple(model.language.differing(trained)) if isinstance(model, CopernicusFMViT) else (),
     )
     if strict and not report.complete:
         raise InputError(f"weights do not fit the model: {report}. Give the model they were made for, or strict=False")
@@ -165,34 +160,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return _read(path)[0]
 
 
-def read_tensors(path: Path, what: str = "weights") -> Any:
-    """What a ``.safetensors`` file or one of ``torch.save`` holds, where that is tensors and plain values alone.
-
-    Raises:
-        InputError: not readable, or holds more; nothing in it was run.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Training codes put their command line beside the weights: a bag of plain values, which has no code to run.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{what} {path}: refused, the file is not made of tensors alone; nothing in it was run"
-        ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{what} {path}: cannot be read ({reason})") from error
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The state dict, and the key under which it lay."""
+def _read(path: Path) -> tuple[dict[str, Tensor], str, dict[str, str]]:
+    """The state dict; the key under which it lay; the digests of the language embeddings that it was trained with."""
     content = read_tensors(path)
-    under = ""
+    under, trained = "", {}
     if isinstance(content, Mapping):
         under = next((key for key in NESTS if isinstance(content.get(key), Mapping)), "")
+        if under and "architecture" in content:
+            trained = dict(content.get("language", {}))
         content = content[under] if under else content
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise InputError(f"weights {path}: no state dict found, neither at the top nor under {' or '.join(NESTS)}")
-    return dict(content), under
+    return dict(content), under, trained

@@ -42,3 +42,12 @@ def architecture(source: str | Path) -> tuple[str, dict[str, int]] | None:
         return None
     sizes = dict(saved["architecture"])
     return sizes.pop("name"), sizes
+
+
+def trained_language(source: str | Path) -> dict[str, str]:
+    """Variable -> digest of the embedding that a checkpoint of ours was trained with; empty for other weights.
+
+    Raises:
+        InputError: no such source, or a file that cannot be read.
+    """
+    return dict((read_checkpoint(source) or {}).get("language", {}))

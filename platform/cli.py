@@ -106,7 +106,7 @@ def encode(
     model: Annotated[str | None, typer.Option(help="Model of the zoo; a checkpoint of ours knows its own.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Window side, pixels.", min=1)] = None,
     patch_kernel: Annotated[int | None, typer.Option(help="Token side, pixels.", min=1)] = None,
-    language: Annotated[Path | None, typer.Option(help="Language embeddings of variables' names.")] = None,
+    language: Annotated[str | None, typer.Option(help="Embeddings of variables' names: a file or hf://...")] = None,
 ) -> None:
     """Embed real images: reads bands, place and date, says what it found, draws what the encoder sees."""
     from copernicus.datasets.sensors import InputError

@@ -27,7 +27,9 @@ from rich.table import Table
 from copernicus.datasets.geotiff import Image, read_image, resample
 from copernicus.datasets.sensors import InputError, Sensor, get_sensor
 from copernicus.datasets.slices import DEM_DAYS
-from copernicus.models import LanguageTable, create_model, load_weights
+from copernicus.models import create_model, load_weights
+from copernicus.platform.checkpoint import trained_language
+from copernicus.platform.language import language_warning, open_language, variables
 from copernicus.platform.quicklook import Window, draw_quicklook, place_text
 
 _BATCH = 8
@@ -196,8 +198,10 @@ def encode_command(
         raise InputError("no image to encode: give one or more GeoTIFF or NetCDF files")
     _check_all(images, spec, bands)
 
-    table = LanguageTable.load(language) if language else None
-    encoder = create_model(model, **model_overrides, **({"language": table} if table else {}))
+    table = open_language(str(language) if language else None)
+    names = variables([spec])
+    warning = language_warning(table, names, trained_language(weights) if weights else {})
+    encoder = create_model(model, **model_overrides, language=table)
     if weights is None:
         console.print(
             Panel(
@@ -236,17 +240,18 @@ def encode_command(
                 notes.setdefault(f"{encoded.skipped} windows without a valid value left out", []).append(
                     image.path.name
                 )
-    _write_parquet(out, rows, {"model": model, "weights": weights or "random", "sensor": spec.name})
+    _write_parquet(
+        out,
+        rows,
+        {"model": model, "weights": weights or "random", "sensor": spec.name, "language": table.describe(names)},
+    )
 
     console.print(report)
     for note, names in notes.items():
         who = names[0] if len(names) == 1 else f"{len(names)} images" if len(names) < len(images) else "every image"
         console.print(f"  [dim]-[/] {escape(who)}: {escape(note)}", highlight=False)
-    if not spec.spectral and spec.variable in encoder.language.stand_ins:
-        console.print(
-            f"  [yellow]- no language embedding for {escape(spec.variable)!r}: a stand-in drawn from its name is used, "
-            "which weights pretrained with the published embeddings do not know[/]"
-        )
+    if warning:
+        console.print(f"  [yellow]- {escape(warning)}[/]", soft_wrap=True)
     console.print(
         f"{len(rows)} embeddings of {encoder.embed_dim} numbers: {out}; pictures: {out.parent}/{out.stem}_*.png"
     )

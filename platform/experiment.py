@@ -31,6 +31,7 @@ from omegaconf.errors import (
 from copernicus.datasets.baseline import POLICIES
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
+from copernicus.models.language import LANGUAGE_SUFFIXES
 from copernicus.models.sources import is_remote
 from copernicus.models.zoo import ZOO
 from copernicus.platform.tracking import mask
@@ -93,6 +94,7 @@ class Pretrain:
     require: str = "any"  # any: grids with any of the sensors train with those they have; all: only whole ones
     model: Model = field(default_factory=Model)
     sensors: list[str] = field(default_factory=lambda: list(SENSORS))
+    language: Optional[str] = None  # embeddings of variables' names: a file, runs:/... or hf://...; none: stand-ins
     image_size: dict[str, int] = field(default_factory=dict)
     epochs: int = 100
     draws_per_grid: int = 1
@@ -128,7 +130,7 @@ class Encoder:
     weights: str = "none"
     model: Optional[Model] = None
     seed: int = 0
-    language: Optional[str] = None  # file of language embeddings of variables' names; none: stand-ins
+    language: Optional[str] = None  # as in pretrain; left out with weights: pretrain, it is pretrain's
 
 
 @dataclass(frozen=True)
@@ -355,6 +357,14 @@ def _validate(e: Experiment, source: str) -> None:
         if not any(here == m or m in here.parents for m in made) and not here.exists():
             raise wrong(path, f"no such file or folder: {value}")
 
+    def language(path: str, value: str | None) -> None:
+        if value is None:
+            return
+        if not value.endswith(LANGUAGE_SUFFIXES):
+            raise wrong(path, f"{value!r} does not end in {', '.join(LANGUAGE_SUFFIXES)}")
+        if not is_remote(value):
+            exists(path, value)
+
     def model(path: str, value: Model) -> None:
         choice(f"{path}.name", value.name, tuple(n for n in ZOO if not n.endswith("_mae")))
         for key, number in value.overrides().items():
@@ -387,6 +397,7 @@ def _validate(e: Experiment, source: str) -> None:
             literal = shards.split("{")[0].split("*")[0]
             exists("pretrain.shards", shards if literal == shards else str(Path(literal + "x").parent))
         model("pretrain.model", p.model)
+        language("pretrain.language", p.language)
         if not p.sensors:
             raise wrong("pretrain.sensors", f"empty; valid choices: {', '.join(SENSORS)}")
         for i, sensor in enumerate(p.sensors):
@@ -431,6 +442,7 @@ def _validate(e: Experiment, source: str) -> None:
                 model(f"{here}.model", encoder.model)
             elif e.pretrain is None:
                 raise wrong(f"{here}.model", "missing: this experiment pretrains no model to take")
+            language(f"{here}.language", encoder.language)
             if encoder.weights == "pretrain":
                 if e.pretrain is None or e.kind == "sweep":
                     raise wrong(f"{here}.weights", "this experiment pretrains nothing; give a file, hf://... or none")

@@ -6,7 +6,7 @@ Shapes: B rows of this rank's share, S sensors.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +14,7 @@ from copernicus.datasets.order import Order, generator
 from copernicus.datasets.sensors import Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
+from copernicus.models.language import LanguageTable
 from copernicus.models.zoo import create_model
 from copernicus.platform.experiment import Pretrain
 
@@ -33,6 +34,7 @@ class Plan:
     grids_seen: int  # usable or not
     whole_epoch: tuple[int, int] = (0, 0)  # see Coverage.expected
     warning: str = ""  # about the data as a whole
+    language: LanguageTable = field(default_factory=LanguageTable)  # opened on the driver: workers need no file
 
     @property
     def steps_per_epoch(self) -> float:
@@ -102,6 +104,7 @@ def build_autoencoder(plan: Plan) -> torch.nn.Module:
         seed=plan.seed,
         mask_ratio=settings.mask_ratio,
         norm_pix_loss=settings.norm_pix_loss,
+        language=plan.language,
         **settings.model.overrides(),
     )
 
