@@ -20,6 +20,8 @@ def read_checkpoint(source: str | Path) -> dict[str, Any] | None:
     Raises:
         InputError: no such source, or a file that cannot be read.
     """
+    if str(source).endswith((".pth", ".safetensors")):
+        return None  # not fetched in vain: runs write .pt
     with local_file(source) as path:
         if path.suffix != ".pt":
             return None

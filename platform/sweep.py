@@ -84,16 +84,19 @@ def cells_language(settings: Sweep, plan: list[Cell]) -> tuple[dict[str, str], l
     Raises:
         InputError: embeddings or weights that cannot be read.
     """
-    described, warnings = {}, {}
+    described: dict[str, str] = {}
+    warnings: list[str] = []
     for cell in plan:
         names = variables(TASKS[cell.task].sensors(settings.preset))  # type: ignore[arg-type]
         if names:
             table = open_language(cell.language)
             described[cell.key] = table.describe(names)
             trained = {} if cell.weights == "none" else trained_language(cell.weights)
-            if warning := language_warning(table, names, trained):
-                warnings[f"encoder {cell.name}: {warning}"] = None
-    return described, list(warnings)
+            warning = language_warning(table, names, trained)
+            line = f"encoder {cell.name}: {warning}"
+            if warning and line not in warnings:
+                warnings.append(line)
+    return described, warnings
 
 
 def build_encoder(cell: Cell) -> Any:
