@@ -17,6 +17,11 @@ METADATA_FIELDS = ("lon", "lat", "days", "area_km2")
 """Columns of a metadata row: degrees, degrees, days since 1970-01-01, area of one token in km^2. NaN: unknown."""
 
 
+WAVELENGTH_LIMITS_NM = (100.0, 1e9)
+BANDWIDTH_LIMITS_NM = (1.0, 1e9)
+"""What the model's expansions cover: ultraviolet to radio waves (arXiv 2503.11849; the public code's limits)."""
+
+
 class InputError(ValueError):
     """The user's input is wrong. The message says what is wrong, where, and what to do; commands exit with code 2."""
 
@@ -29,7 +34,8 @@ class Sensor:
     stands for it. Values are normalised as ``(x * scale - mean) / std``, each given per band or once for all bands.
 
     Raises:
-        InputError: a per-band list whose length is not the number of bands, or neither wavelengths nor a variable.
+        InputError: a per-band list whose length is not the number of bands, a wavelength (100..1e9 nm) or bandwidth
+            (1..1e9 nm) out of range, or neither wavelengths nor a variable.
     """
 
     name: str
@@ -66,6 +72,13 @@ class Sensor:
                 f"sensor {self.name!r}: {channels} bands, {len(self.wavelengths_nm)} wavelengths_nm and "
                 f"{len(self.bandwidths_nm)} bandwidths_nm; each band needs one of each"
             )
+        for field, (low, high) in (("wavelengths_nm", WAVELENGTH_LIMITS_NM), ("bandwidths_nm", BANDWIDTH_LIMITS_NM)):
+            for band, value in zip(self.bands, getattr(self, field), strict=False):
+                if not low <= value <= high:  # NaN is out of range, too
+                    raise InputError(
+                        f"sensor {self.name!r}: band {band!r} has {field} {value:g}, outside {low:g}..{high:g} nm; "
+                        "give nanometres"
+                    )
         for field in ("mean", "std", "scale"):
             length = len(getattr(self, field))
             if length not in (1, channels):

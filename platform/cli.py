@@ -102,18 +102,18 @@ def encode(
     out: Annotated[Path, typer.Option(help="Parquet file to write; pictures go beside it.")] = Path(
         "embeddings.parquet"
     ),
-    weights: Annotated[str | None, typer.Option(help="A weights file, a checkpoint or hf://...")] = None,
+    weights: Annotated[str | None, typer.Option(help="A weights file, a checkpoint, runs:/... or hf://...")] = None,
     model: Annotated[
         str | None, typer.Option(help="Model of the zoo, or package.module:Class; a checkpoint of ours knows its own.")
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Window side, pixels.", min=1)] = None,
     patch_kernel: Annotated[int | None, typer.Option(help="Token side, pixels.", min=1)] = None,
-    language: Annotated[Path | None, typer.Option(help="Language embeddings of variables' names.")] = None,
+    language: Annotated[str | None, typer.Option(help="Embeddings of variables' names: a file or hf://...")] = None,
 ) -> None:
     """Embed real images: reads bands, place and date, says what it found, draws what the encoder sees."""
     from copernicus.datasets.sensors import InputError
+    from copernicus.platform.checkpoint import architecture
     from copernicus.platform.encode import encode_command
-    from copernicus.platform.objective import architecture
 
     sizes = _numbers([i for i in images if "=" in i and not Path(i).exists()])
     files = [i for i in images if "=" not in i or Path(i).exists()]
@@ -126,6 +126,27 @@ def encode(
         image_size=image_size, patch_kernel=patch_kernel, language=language,
     )  # fmt: skip
     console().print(f"Look at [bold]{summary.quicklooks[0]}[/]; embeddings are in {summary.embeddings}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A run's checkpoint: its file or folder, runs:/..., hf://...")],
+    out: Annotated[Path, typer.Option(help="FILE.pth or FILE.safetensors to write.")],
+    part: Annotated[str, typer.Option(help="encoder, or autoencoder (the decoder too).")] = "encoder",
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            help="An encoder's last norm: mean (fc_norm: TorchGeo, this platform), token (norm: class token) or none (as "
+            "published: the public benchmark's classification).",
+            show_default="mean",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace the file where it is there already.")] = False,
+) -> None:
+    """Write a checkpoint's weights in the published format, for the public code and TorchGeo."""
+    from copernicus.platform.export import export_command
+
+    export_command(checkpoint, out, part, pool, force, console())
 
 
 @app.command()

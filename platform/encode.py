@@ -27,7 +27,9 @@ from rich.table import Table
 from copernicus.datasets.geotiff import Image, read_image, resample
 from copernicus.datasets.sensors import InputError, Sensor, get_sensor
 from copernicus.datasets.slices import DEM_DAYS
-from copernicus.models import LanguageTable, create_encoder, load_weights
+from copernicus.models import create_encoder, load_weights
+from copernicus.platform.checkpoint import trained_language
+from copernicus.platform.language import language_warning, open_language, variables
 from copernicus.platform.quicklook import Window, draw_quicklook, place_text
 
 _BATCH = 8
@@ -196,9 +198,13 @@ def encode_command(
         raise InputError("no image to encode: give one or more GeoTIFF or NetCDF files")
     _check_all(images, spec, bands)
 
-    table = LanguageTable.load(language) if language else None
-    arguments: dict[str, Any] = {**model_overrides, **({"language": table} if table else {})}
-    encoder = create_encoder(model, spec, **arguments)
+    given: dict[str, Any] = {"language": open_language(str(language))} if language else {}
+    encoder = create_encoder(model, spec, **model_overrides, **given)
+    # Not every encoder knows of language.
+    table, variable_names = getattr(encoder, "language", None), variables([spec])
+    warning = ""
+    if table is not None:
+        warning = language_warning(table, variable_names, trained_language(weights) if weights else {})
     # One from elsewhere may have brought weights: what its class did is its own matter.
     source = weights or ("its own" if ":" in model else "random")
     if source == "random":
@@ -239,19 +245,16 @@ def encode_command(
                 notes.setdefault(f"{encoded.skipped} windows without a valid value left out", []).append(
                     image.path.name
                 )
-    _write_parquet(out, rows, {"model": model, "weights": source, "sensor": spec.name})
+    described = {"language": table.describe(variable_names)} if table is not None else {}
+    _write_parquet(out, rows, {"model": model, "weights": source, "sensor": spec.name, **described})
 
     console.print(report)
     for note, names in notes.items():
         who = names[0] if len(names) == 1 else f"{len(names)} images" if len(names) < len(images) else "every image"
         console.print(f"  [dim]-[/] {escape(who)}: {escape(note)}", highlight=False)
+    if warning:
+        console.print(f"  [yellow]- {escape(warning)}[/]", soft_wrap=True)
     width = len(rows[0]["embedding"]) if rows else 0
-    known = getattr(encoder, "language", None)
-    if not spec.spectral and known is not None and spec.variable in known.stand_ins:
-        console.print(
-            f"  [yellow]- no language embedding for {escape(spec.variable)!r}: a stand-in drawn from its name is used, "
-            "which weights pretrained with the published embeddings do not know[/]"
-        )
     console.print(f"{len(rows)} embeddings of {width} numbers: {out}; pictures: {out.parent}/{out.stem}_*.png")
     return EncodeSummary(
         images=len(images),

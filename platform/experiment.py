@@ -32,6 +32,8 @@ from omegaconf.errors import (
 from copernicus.datasets.baseline import POLICIES
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
+from copernicus.models.language import LANGUAGE_SUFFIXES
+from copernicus.models.sources import is_remote
 from copernicus.models.zoo import ENCODERS, ZOO, check_encoder
 from copernicus.platform.tracking import mask
 
@@ -116,6 +118,7 @@ class Pretrain:
     model: Model = field(default_factory=Model)
     distill: Optional[Distill] = None
     sensors: list[str] = field(default_factory=lambda: list(SENSORS))
+    language: Optional[str] = None  # embeddings of variables' names: a file, runs:/... or hf://...; none: stand-ins
     image_size: dict[str, int] = field(default_factory=dict)
     epochs: int = 100
     draws_per_grid: int = 1
@@ -152,7 +155,7 @@ class Encoder:
     weights: str = "none"
     model: Optional[Model] = None
     seed: int = 0
-    language: Optional[str] = None  # file of language embeddings of variables' names; none: stand-ins
+    language: Optional[str] = None  # as in pretrain; left out with weights: pretrain, it is pretrain's
 
 
 @dataclass(frozen=True)
@@ -383,6 +386,14 @@ def _validate(e: Experiment, source: str) -> None:
         if not any(here == m or m in here.parents for m in made) and not here.exists():
             raise wrong(path, f"no such file or folder: {value}")
 
+    def language(path: str, value: str | None) -> None:
+        if value is None:
+            return
+        if not value.endswith(LANGUAGE_SUFFIXES):
+            raise wrong(path, f"{value!r} does not end in {', '.join(LANGUAGE_SUFFIXES)}")
+        if not is_remote(value):
+            exists(path, value)
+
     def model(path: str, value: Model, names: tuple[str, ...]) -> None:
         if ":" not in value.name or names is not ENCODERS:
             choice(f"{path}.name", value.name, names)
@@ -418,6 +429,7 @@ def _validate(e: Experiment, source: str) -> None:
             literal = shards.split("{")[0].split("*")[0]
             exists("pretrain.shards", shards if literal == shards else str(Path(literal + "x").parent))
         model("pretrain.model", p.model, tuple(name for name in ENCODERS if f"{name}_mae" in ZOO))
+        language("pretrain.language", p.language)
         if not p.sensors:
             raise wrong("pretrain.sensors", f"empty; valid choices: {', '.join(SENSORS)}")
         for i, sensor in enumerate(p.sensors):
@@ -476,6 +488,7 @@ def _validate(e: Experiment, source: str) -> None:
                 model(f"{here}.model", encoder.model, ENCODERS)
             elif e.pretrain is None:
                 raise wrong(f"{here}.model", "missing: this experiment pretrains no model to take")
+            language(f"{here}.language", encoder.language)
             chosen = encoder.model or e.pretrain.model  # type: ignore[union-attr]
             arguments = {**chosen.encoder_overrides(), **({"language": ""} if encoder.language else {})}
             for task in s.tasks:
@@ -491,7 +504,7 @@ def _validate(e: Experiment, source: str) -> None:
                     raise wrong(
                         f"{here}.model", f"this experiment pretrains {pretrained[0]} {pretrained[1]}; leave model out"
                     )
-            elif encoder.weights != "none" and not encoder.weights.startswith("hf://"):
+            elif encoder.weights != "none" and not is_remote(encoder.weights):
                 exists(f"{here}.weights", encoder.weights)
         for name, space in s.search.items():
             here = f"sweep.search.{name}"

@@ -6,17 +6,17 @@ Shapes: B rows of this rank's share, S sensors, N = S losses of a row, or S + 1 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from copernicus.datasets.order import Order, generator
-from copernicus.datasets.sensors import InputError, Sensor
+from copernicus.datasets.sensors import Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
 from copernicus.models.distillation import RGB_SENSOR, Teacher, imitation_loss, rgb_view
+from copernicus.models.language import LanguageTable
 from copernicus.models.masked_autoencoder import MaskedAutoencoder
 from copernicus.models.published import blank_batch
 from copernicus.models.zoo import create_model
@@ -39,6 +39,7 @@ class Plan:
     whole_epoch: tuple[int, int] = (0, 0)  # see Coverage.expected
     warning: str = ""  # about the data as a whole
     distill_dim: int = 0  # the teacher's width; 0: no distillation
+    language: LanguageTable = field(default_factory=LanguageTable)  # opened on the driver: workers need no file
 
     @property
     def steps_per_epoch(self) -> float:
@@ -159,30 +160,10 @@ def build_autoencoder(plan: Plan) -> MaskedAutoencoder:
         norm_pix_loss=settings.norm_pix_loss,
         published=plan.published,
         distill_dim=plan.distill_dim,
+        language=plan.language,
         **settings.model.overrides(),
     )
     return model
-
-
-def architecture(weights: str | Path) -> tuple[str, dict[str, int]] | None:
-    """The encoder's name in the zoo and its sizes, where ``weights`` is a checkpoint of ours; else None.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    path = Path(weights)
-    if path.is_dir():
-        path = path / CHECKPOINT_FILE
-    if path.suffix != ".pt" or not path.is_file():
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of many kinds; a payload is refused, not run
-        raise InputError(f"weights {path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if not isinstance(saved, dict) or not isinstance(saved.get("architecture"), dict):
-        return None
-    sizes = dict(saved["architecture"])
-    return sizes.pop("name"), sizes
 
 
 def freeze_unreached(loss_module: PerRowLoss, plan: Plan) -> None:

@@ -32,6 +32,7 @@ from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.models.teacher import load_teacher
 from copernicus.platform.experiment import Pretrain
 from copernicus.platform.indexing import open_index
+from copernicus.platform.language import open_language, variables
 from copernicus.platform.mailbox import Listener, new_mailbox, post, stop_run
 from copernicus.platform.objective import CHECKPOINT_FILE, PerRowLoss, Plan, build_autoencoder, freeze_unreached
 from copernicus.platform.skipped import grids_of, problems_in, skipped_metrics, too_many_skipped
@@ -190,6 +191,7 @@ def train_worker(config: dict[str, Any]) -> None:
                         "coverage": {k: list(v) for k, v in coverage.epochs.items()},
                         "teacher": teacher.identity if teacher is not None else None,
                         "architecture": {"name": settings.model.name, **settings.model.encoder_overrides()},
+                        "language": plan.language.digests(variables(plan.sensors)),
                         "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
                     }
                     torch.save(state, Path(folder) / CHECKPOINT_FILE)
@@ -291,6 +293,7 @@ def pretrain(
         whole_epoch=Coverage.expected(train.keys, settings.draws_per_grid),
         warning=warning,
         distill_dim=distill_dim,
+        language=open_language(settings.language),
     )
     plan.reader(augment=True)  # sizes are checked here, not on a worker
     # A shard that could not be opened at all names no grids: its share of the shards stands for its share of the grids.

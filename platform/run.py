@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import InputError
 from copernicus.platform.experiment import Experiment, Miniature, Pretrain, Sweep
+from copernicus.platform.language import language_warning, variables
 from copernicus.platform.leaderboard import Leaderboard
 from copernicus.platform.session import ray_session
 from copernicus.platform.tracking import Run, Tracker, git_commit, mask
@@ -207,7 +208,14 @@ def _pretrain(
             raise InputError(
                 "pretrain.shards: the shards have changed since this run began; put them back, or give --fresh to start anew"
             )
-        state.set(data_fingerprint=train.fingerprint)
+        names = variables(plan.sensors)
+        digests = plan.language.digests(names)
+        if state.get("language") not in (None, digests):
+            raise InputError(
+                "pretrain.language: the embeddings have changed since this run began; put them back, or give --fresh to "
+                "start anew"
+            )
+        state.set(data_fingerprint=train.fingerprint, language=digests)
         run.tags({"data_fingerprint": train.fingerprint})
         if not single:
             run.parameters({k: v for k, v in experiment.parameters().items() if k.startswith(("pretrain.", "seed"))})
@@ -215,8 +223,10 @@ def _pretrain(
             f"  {len(train)} grids to train on, {len(held_out)} held out, {len(plan.sensors)} sensors, "
             f"{settings.workers} workers, global batch {settings.batch_size}"
         )
-        if plan.warning:
-            console.print(f"  [yellow]warning[/] {plan.warning}", soft_wrap=True)
+        if names:
+            run.parameters({"language": plan.language.describe(names)})
+        for warning in filter(None, (plan.warning, language_warning(plan.language, names))):
+            console.print(f"  [yellow]warning[/] {warning}", soft_wrap=True)
         for problem in plan.problems[:MOST_SHOWN]:
             console.print(f"  [yellow]skipped[/] {problem}")
         if len(plan.problems) > MOST_SHOWN:
@@ -269,10 +279,12 @@ def _sweep(
     console: Console,
 ) -> dict[str, str]:
     """Runs the sweep; returns the errors of the cells that failed."""
-    from copernicus.platform.sweep import Cell, Trial, cells, sweep
+    from copernicus.platform.sweep import Cell, Trial, cells, cells_language, sweep
 
-    pretrained = experiment.pretrain.model if experiment.pretrain else None
-    plan = cells(settings, pretrained, checkpoint)
+    plan = cells(settings, experiment.pretrain, checkpoint)
+    languages, warnings = cells_language(settings, plan)
+    for warning in warnings:
+        console.print(f"  [yellow]warning[/] {warning}", soft_wrap=True)
     single = experiment.kind == "sweep"
     tags = {"kind": "sweep", "experiment": experiment.name, "sweep": experiment.name}
     run = parent if single else tracker.start("sweep", tags, parent, state.get("sweep_run_id"))
@@ -290,6 +302,8 @@ def _sweep(
         child = tracker.start(f"{cell.task} {cell.name} {trial.role} {trial.number}", trial_tags, run)
         with child.ending():
             child.parameters({**trial.settings, "task": cell.task, "encoder": cell.name, "model": cell.model.name})
+            if cell.key in languages:
+                child.parameters({"language": languages[cell.key]})
             # The page's comparison plot opens on the first metric that all runs share: for trials of several tasks,
             # a score of one name. The test split's where there is one, else validation's.
             metric = TASKS[cell.task].metric_key

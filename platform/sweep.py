@@ -20,8 +20,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import InputError
-from copernicus.platform.experiment import Encoder, Model, Space, Sweep
+from copernicus.platform.checkpoint import architecture, trained_language
+from copernicus.platform.experiment import Encoder, Model, Pretrain, Space, Sweep
 from copernicus.platform.features import TaskFeatures, encode_task
+from copernicus.platform.language import language_warning, open_language, variables
 from copernicus.platform.leaderboard import Leaderboard, Score
 
 
@@ -61,33 +63,56 @@ class Trial:
         return f"{self.cell.key}-{self.role}-{self.number}"
 
 
-def cells(settings: Sweep, pretrained: Model | None, checkpoint: Path | None) -> list[Cell]:
+def cells(settings: Sweep, pretrained: Pretrain | None, checkpoint: Path | None) -> list[Cell]:
     """All cells, task by task."""
 
     def cell(task: str, name: str, encoder: Encoder) -> Cell:
-        model = encoder.model or pretrained
+        model = encoder.model or (pretrained.model if pretrained else None)
         assert model is not None, "checked when the experiment was loaded"
-        weights = str(checkpoint) if encoder.weights == "pretrain" else encoder.weights
-        return Cell(task, name, model, weights, encoder.seed, encoder.language)
+        weights, language = encoder.weights, encoder.language
+        if weights == "pretrain":
+            assert pretrained is not None, "checked when the experiment was loaded"
+            weights, language = str(checkpoint), language or pretrained.language
+        return Cell(task, name, model, weights, encoder.seed, language)
 
     return [cell(task, name, encoder) for task in settings.tasks for name, encoder in settings.encoders.items()]
 
 
+def cells_language(settings: Sweep, plan: list[Cell]) -> tuple[dict[str, str], list[str]]:
+    """Of the cells whose task is one of variables: what their embeddings are, by cell; and warnings, each once.
+
+    Raises:
+        InputError: embeddings or weights that cannot be read.
+    """
+    described: dict[str, str] = {}
+    warnings: list[str] = []
+    for cell in plan:
+        names = variables(TASKS[cell.task].sensors(settings.preset))  # type: ignore[arg-type]
+        if names:
+            table = open_language(cell.language)
+            described[cell.key] = table.describe(names)
+            trained = {} if cell.weights == "none" else trained_language(cell.weights)
+            warning = language_warning(table, names, trained)
+            line = f"encoder {cell.name}: {warning}"
+            if warning and line not in warnings:
+                warnings.append(line)
+    return described, warnings
+
+
 def build_encoder(cell: Cell) -> Any:
     """The cell's encoder, frozen; those of the zoo pool their patch tokens."""
-    from copernicus.models.language import LanguageTable
     from copernicus.models.weights import load_weights
     from copernicus.models.zoo import create_encoder
-    from copernicus.platform.objective import architecture
 
     sizes = cell.model.encoder_overrides()
     # Shapes do not tell the number of heads: a checkpoint of ours says what it is.
-    known = None if cell.weights.startswith("hf://") else architecture(cell.weights)
+    known = None if cell.weights == "none" else architecture(cell.weights)
     if known is not None and known != (cell.model.name, sizes):
         raise InputError(
             f"encoder {cell.name}: {cell.weights} is of {known[0]} {known[1]}, not {cell.model.name} {sizes}"
         )
-    language = {"language": LanguageTable.load(cell.language)} if cell.language else {}
+    # An encoder that knows no language has no such argument.
+    language = {"language": open_language(cell.language)} if cell.language else {}
     model = create_encoder(cell.model.name, TASKS[cell.task].sensor, cell.seed, **sizes, **language)
     if cell.weights != "none":
         load_weights(model, cell.weights)

@@ -1,7 +1,9 @@
 """A small HTTP server with byte ranges, which also speaks as much of the Hugging Face hub's API as reading and listing use.
 
 ``/plain/<path>`` serves ranges, ``/whole/<path>`` does not. A data set's file is at ``/datasets/<owner>/<name>/resolve/
-<revision>/<path>``; a tar's bytes lie, as on the hub, on another server (``cdn``), at an address signed for a while.
+<revision>/<path>``; a tar's bytes lie, as on the hub, on another server (``cdn``), at an address signed for a while. A
+model's file is at ``/own/model/resolve/<revision>/<path>``; a weights file's bytes lie elsewhere too, and its tag is its
+sha256.
 """
 
 from __future__ import annotations
@@ -54,11 +56,15 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         hub = self.server.hub
         path = unquote(urlsplit(self.path).path)
         hub.tokens.append((path, self.headers.get("Authorization", "")))
         resolve = re.fullmatch(r"/datasets/own/set/resolve/(main|v1)/(.+)", path)
+        model = re.fullmatch(r"/own/model/resolve/(main|v1|refs/pr/1)/(.+)", path)
         tree = re.fullmatch(r"/api/datasets/own/set/tree/main(?:/(.*))?", path)
         if found := re.fullmatch(r"/(?:plain|whole)/(.+)", path):
             self._file(found[1], ranges=path.startswith("/plain"))
@@ -75,6 +81,21 @@ class _Handler(BaseHTTPRequestHandler):
             )
         elif resolve:
             self._file(resolve[2])
+        elif model and model[2] in hub.files:
+            data = hub.files[model[2]]
+            headers = {"X-Repo-Commit": hashlib.sha1(model[1].encode()).hexdigest()}
+            if model[2].endswith((".pth", ".safetensors")):
+                where = f"{hub.cdn}/cdn/{hub.signature}/{model[2]}?Signature=secret"
+                tags = {"X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
+                self._say(302, Location=where, **tags, **headers)
+            else:
+                tag = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+                self._say(200, data, ETag=f'"{tag}"', **headers)
+        elif path.startswith("/own/model/resolve/"):
+            known = re.match(r"/own/model/resolve/(main|v1|refs/pr/1)/", path)
+            self._say(404, **{"X-Error-Code": "EntryNotFound" if known else "RevisionNotFound"})
+        elif "/resolve/" in path and not path.startswith("/datasets/"):
+            self._say(401, **{"X-Error-Code": "GatedRepo" if path.startswith("/own/gated/") else "RepoNotFound"})
         elif tree:
             self._tree(f"{tree[1]}/" if tree[1] else "")
         elif path.startswith("/api/datasets/own/closed"):
@@ -120,7 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 def _tag(data: bytes) -> str:

@@ -22,8 +22,9 @@ from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import write_shards
 from copernicus.datasets.slices import DrawReader
 from copernicus.models import create_model, load_weights
+from copernicus.platform.checkpoint import architecture
 from copernicus.platform.experiment import Model, Pretrain
-from copernicus.platform.objective import PerRowLoss, Plan, architecture, build_autoencoder, freeze_unreached, weigh
+from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, freeze_unreached, weigh
 from copernicus.platform.pretrain import PretrainFailed, check_resources, pretrain
 from copernicus.platform.session import ray_session
 

@@ -1,0 +1,35 @@
+"""Tensors out of strangers' files: nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+
+from copernicus.datasets.sensors import InputError
+
+
+def read_tensors(path: Path, what: str = "weights") -> Any:
+    """What a ``.safetensors`` file or one of ``torch.save`` holds, where that is tensors and plain values alone.
+
+    Raises:
+        InputError: not readable, or holds more; nothing in it was run.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Training codes put their command line beside the weights: a bag of plain values, which has no code to run.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{what} {path}: refused, the file is not made of tensors alone; nothing in it was run"
+        ) from error
+    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{what} {path}: cannot be read ({reason})") from error
