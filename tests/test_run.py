@@ -72,6 +72,17 @@ def test_the_whole_loop(finished):
     assert len(list((result / "pictures").glob("*.png"))) == 8
 
 
+def test_stand_ins_for_language_embeddings_are_said_and_recorded(finished):
+    from copernicus.platform.tracking import Tracker
+
+    folder, output = finished
+    names = "Sentinel 5P Carbon Monoxide, Sentinel 5P Nitrogen Dioxide, Sentinel 5P Ozone, Sentinel 5P Sulfur Dioxide"
+    assert " ".join(output.split()).count("no language embedding for 'Sentinel 5P Carbon Monoxide',") == 1
+    tracker = Tracker(f"sqlite:///{folder}/mlflow.db", "copernicus")
+    found = tracker.client.search_runs([tracker.experiment_id], "tags.kind = 'pretrain'")
+    assert [r.data.params["language"] for r in found] == [f"stand-in: {names}, Copernicus Digital Elevation Model"]
+
+
 def test_every_run_is_recorded_once_and_ended(finished):
     folder, _ = finished
     found = runs(folder)
