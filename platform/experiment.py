@@ -488,7 +488,6 @@ def _validate(e: Experiment, source: str) -> None:
                 model(f"{here}.model", encoder.model, ENCODERS)
             elif e.pretrain is None:
                 raise wrong(f"{here}.model", "missing: this experiment pretrains no model to take")
-            language(f"{here}.language", encoder.language)
             chosen = encoder.model or e.pretrain.model  # type: ignore[union-attr]
             arguments = {**chosen.encoder_overrides(), **({"language": ""} if encoder.language else {})}
             for task in s.tasks:
@@ -496,6 +495,7 @@ def _validate(e: Experiment, source: str) -> None:
                     check_encoder(chosen.name, TASKS[task].sensor, **arguments)
                 except InputError as error:
                     raise wrong(here, f"task {task}: {error}") from None
+            language(f"{here}.language", encoder.language)
             if encoder.weights == "pretrain":
                 if e.pretrain is None or e.kind == "sweep":
                     raise wrong(f"{here}.weights", "this experiment pretrains nothing; give a file, hf://... or none")
