@@ -135,6 +135,9 @@ class Pretrain:
     metadata_drop: float = 0.1
     val_fraction: float = 0.05
     val_every: int = 1
+    precision: str = "auto"  # of products: float32, bf16 (autocast), or auto: bf16 on a GPU that has it
+    compile: Optional[bool] = None  # torch.compile of the blocks; none: on a GPU
+    activation_checkpointing: bool = False  # blocks are computed again in the backward pass: slower, less memory
     workers: int = 2
     parallel: str = "ddp"  # ddp: each worker holds the whole model; fsdp: a share of it, for those that fit no GPU
     cpus_per_worker: float = 0.5
@@ -234,7 +237,7 @@ class Experiment:
 SCALES = ("tiny", "small", "full")
 WITHOUT_EFFECT = (
     "tracking", "output",
-    "pretrain.workers", "pretrain.parallel", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
+    "pretrain.compile", "pretrain.activation_checkpointing", "pretrain.workers", "pretrain.parallel", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
     "pretrain.index", "pretrain.distill.cache", "pretrain.checkpoint_every", "pretrain.checkpoint_minutes", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
     "sweep.cache", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
 )  # fmt: skip
@@ -423,6 +426,7 @@ def _validate(e: Experiment, source: str) -> None:
         choice("pretrain.preset", p.preset, ("default", "published"))
         choice("pretrain.require", p.require, ("any", "all"))
         choice("pretrain.parallel", p.parallel, ("ddp", "fsdp"))
+        choice("pretrain.precision", p.precision, ("auto", "float32", "bf16"))
         for shards in p.shards:
             if "://" in shards:
                 continue  # found out when it is listed

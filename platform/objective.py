@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from copernicus.datasets.order import Order, generator
-from copernicus.datasets.sensors import Sensor
+from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader
 from copernicus.models.distillation import RGB_SENSOR, Teacher, imitation_loss, rgb_view
@@ -21,6 +21,7 @@ from copernicus.models.masked_autoencoder import MaskedAutoencoder
 from copernicus.models.published import blank_batch
 from copernicus.models.zoo import create_model
 from copernicus.platform.experiment import Pretrain
+from copernicus.platform.to_device import tensors
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -122,8 +123,15 @@ class PerRowLoss(torch.nn.Module):
         self.autoencoder = autoencoder
         self.sensors = sensors
         self.teacher = teacher
+        self.autocast: torch.dtype | None = None
+        """What matrix products are computed in; None: float32."""
 
     def forward(self, batch: dict[str, torch.Tensor], channels: dict[str, list[int] | None]) -> torch.Tensor:
+        device = batch["metadata"].device.type
+        with torch.autocast(device, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            return self._losses(batch, channels)
+
+    def _losses(self, batch: dict[str, torch.Tensor], channels: dict[str, list[int] | None]) -> torch.Tensor:
         images = {sensor.name: sensor.normalize(batch[f"x_{sensor.name}"]) for sensor in self.sensors}
         masked = [
             self.autoencoder.hide(
@@ -141,6 +149,21 @@ class PerRowLoss(torch.nn.Module):
         rgb = rgb_view(images[RGB_SENSOR.name], batch["metadata"][:, optical])
         losses, (tokens_BTD,) = self.autoencoder.losses(masked, [rgb])
         return torch.stack([*losses, imitation_loss(self.autoencoder, tokens_BTD, self.teacher, rgb.x_BCHW)], dim=1)
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What ``pretrain.precision`` means on a device: bfloat16, or None for float32.
+
+    Raises:
+        InputError: bf16 on hardware without instructions for it, where a step would take many times as long.
+    """
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # torch 2.9 has no public way to ask
+        able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bf16" and not able:
+        raise InputError(f"pretrain.precision: this {device.type} device computes no bf16; set float32")
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and device.type == "cuda" and able) else None
 
 
 def weigh(loss_BS: torch.Tensor, present_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,8 +192,6 @@ def build_autoencoder(plan: Plan) -> MaskedAutoencoder:
 def freeze_unreached(loss_module: PerRowLoss, plan: Plan) -> None:
     """Freeze parameters that no sensor of this run reaches (such as a hypernetwork for variables when none is trained):
     DDP would wait for their gradients."""
-    from copernicus.platform.stream import tensors
-
     empty = plan.reader(augment=False).batch([None])
     loss_module(tensors(empty, torch.device("cpu")), {}).sum().backward()
     for parameter in loss_module.parameters():

@@ -34,9 +34,17 @@ from copernicus.platform.experiment import Pretrain
 from copernicus.platform.indexing import open_index
 from copernicus.platform.language import open_language, variables
 from copernicus.platform.mailbox import Listener, new_mailbox, post, stop_run
-from copernicus.platform.objective import CHECKPOINT_FILE, PerRowLoss, Plan, build_autoencoder, freeze_unreached
+from copernicus.platform.objective import (
+    CHECKPOINT_FILE,
+    PerRowLoss,
+    Plan,
+    autocast_dtype,
+    build_autoencoder,
+    freeze_unreached,
+)
 from copernicus.platform.skipped import grids_of, problems_in, skipped_metrics, too_many_skipped
 from copernicus.platform.teacher_cache import CachedTeacher, open_teacher
+from copernicus.platform.to_device import on_device, tensors
 
 
 class PretrainFailed(RuntimeError):
@@ -61,7 +69,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from copernicus.platform.parallel import parallelise, restore, whole_state
-    from copernicus.platform.stream import Share, batches, on_device
+    from copernicus.platform.stream import Share, batches
 
     plan: Plan = config["plan"]
     settings, mailbox = plan.settings, config["mailbox"]
@@ -75,6 +83,14 @@ def train_worker(config: dict[str, Any]) -> None:
     teacher = open_teacher(settings.distill, device)
     loss_module = PerRowLoss(autoencoder, plan.sensors, teacher)
     freeze_unreached(loss_module, plan)
+    try:
+        loss_module.autocast = autocast_dtype(settings.precision, device)
+    except InputError as error:
+        stop_run(mailbox, rank, str(error))
+        return
+    autoencoder.recompute = settings.activation_checkpointing
+    if settings.compile if settings.compile is not None else device.type == "cuda":
+        autoencoder.compile_blocks()  # before they are shared out, whose hooks would end up in the graph
     model = parallelise(loss_module, settings.parallel, device)
     groups = parameter_groups(loss_module, settings.weight_decay)
     trained = [p for p in loss_module.parameters() if p.requires_grad]
@@ -122,7 +138,7 @@ def train_worker(config: dict[str, Any]) -> None:
         due = rank == 0 and time.monotonic() - checkpointed > settings.checkpoint_minutes * 60
         new = [p for p in problems_in(columns) if str(p) not in problems]
         facts = torch.cat([
-            torch.stack([rows.to(total.dtype), total.detach(), total.new_tensor(len(new)), total.new_tensor(due)]),
+            torch.stack([rows.to(total.dtype), total.detach(), total.new_full((), len(new)), total.new_full((), due)]),
             (loss_BN.detach() * present).sum(0),
             present.sum(0),
         ])  # fmt: skip
@@ -138,13 +154,14 @@ def train_worker(config: dict[str, Any]) -> None:
         optimizer.step()
         step += 1
         since.add(columns["epoch"], columns["key"])
+        facts = facts.cpu()  # the step's one wait for a GPU
 
         if facts[2] > 0:
             for problem in (p for part in gather(new, world_size) for p in part):
                 problems.setdefault(str(problem), problem)
         skipped = len(grids_of(problems.values())) / plan.grids_seen
         sums, counts = facts[4:].chunk(2)
-        metrics = {"train/loss": (facts[1] / global_rows).item(), "train/lr": plan.learning_rate(step - 1)}
+        metrics = {"train/loss": (facts[1] / facts[0].clamp(min=1)).item(), "train/lr": plan.learning_rate(step - 1)}
         metrics |= {
             f"train/loss_{name}": (sums[i] / counts[i]).item() for i, name in enumerate(plan.losses) if counts[i] > 0
         }
@@ -210,8 +227,6 @@ class _Evaluation:
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module, problems: dict[str, Problem]) -> dict[str, float]:
         """The metrics; what cannot be read is added to ``problems`` on every rank."""
-        from copernicus.platform.stream import tensors
-
         if not self.most:
             return {}
         new: list[Problem] = []

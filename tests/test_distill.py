@@ -24,7 +24,7 @@ from copernicus.platform.experiment import Distill
 from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, freeze_unreached
 from copernicus.platform.pretrain import PretrainFailed
 from copernicus.platform.session import ray_session
-from copernicus.platform.stream import tensors
+from copernicus.platform.to_device import tensors
 
 
 @pytest.fixture(scope="module")

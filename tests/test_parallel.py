@@ -19,7 +19,7 @@ from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, freeze_unreached, weigh
 from copernicus.platform.parallel import parallelise, restore, whole_state
 from copernicus.platform.pretrain import _Evaluation
-from copernicus.platform.stream import tensors
+from copernicus.platform.to_device import tensors
 
 SENSORS = ["s1_grd", "s2_toa", "s5p_o3"]  # spectral ones and a variable; every sixth grid has no radar
 WORLD, ROWS, STEPS, LR = 2, 4, 3, 1e-2

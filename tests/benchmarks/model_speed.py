@@ -38,7 +38,7 @@ STEP_PARTS = ("forward", "backward", OPTIMISER)
 VARIANTS = {
     "cpu": {"encode": ("public", "ours"), "step": ("public", "ours", "ours bf16")},
     "cuda": {
-        "encode": ("public bf16", "ours bf16", "ours bf16 compiled"),
+        "encode": ("public bf16", "ours bf16"),
         "step": ("public", "public bf16", "ours bf16", "ours bf16 compiled"),
     },
 }

@@ -20,7 +20,7 @@ from copernicus.datasets.sensors import SENSORS
 from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.platform.experiment import load_experiment
 from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, weigh
-from copernicus.platform.stream import tensors
+from copernicus.platform.to_device import tensors
 
 
 def median(repeat: int, part: Callable[[], object]) -> float:

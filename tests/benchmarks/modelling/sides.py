@@ -17,7 +17,7 @@ from public_formulation import RGB, PublicAutoencoder, PublicLoop
 from torch import Tensor
 
 from copernicus.datasets.sensors import SENSORS
-from copernicus.models.distillation import DISTILL_WEIGHT, RGB_CHANNELS, RGB_SENSOR, distillation_loss
+from copernicus.models.distillation import DISTILL_WEIGHT, RGB_CHANNELS, RGB_SENSOR, imitation_loss, rgb_view
 from copernicus.models.language import LanguageTable
 from copernicus.models.masked_autoencoder import MaskedAutoencoder, parameter_groups
 from copernicus.models.vit import CopernicusFMViT
@@ -51,11 +51,17 @@ def our_step(
     bf16: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One step; the losses, not yet read."""
-    s2, metadata = batch.samples["s2_toa"], batch.metadata["s2_toa"]
-    with _precision(s2.device.type, bf16):
-        losses = model(batch.samples, SENSORS, batch.metadata, batch.noise, batch.channels)
-        distill = DISTILL_WEIGHT * distillation_loss(model, teacher, s2, metadata).mean()
-    total = losses.pop("loss") + distill
+    with _precision(batch.samples["s2_toa"].device.type, bf16):
+        masked = [
+            model.hide(x_BCHW, SENSORS[name], batch.metadata[name], batch.noise[name], batch.channels.get(name))
+            for name, x_BCHW in batch.samples.items()
+        ]
+        rgb = rgb_view(batch.samples["s2_toa"], batch.metadata["s2_toa"])
+        per_row, (tokens_BTD,) = model.losses(masked, [rgb])
+        distill = DISTILL_WEIGHT * imitation_loss(model, tokens_BTD, teacher, rgb.x_BCHW).mean()
+    losses = {name: loss_B.mean() for name, loss_B in zip(batch.samples, per_row, strict=True)}
+    total = torch.stack(list(losses.values())).mean() + distill
+    losses = {name: loss.detach() for name, loss in losses.items()}
     mark("forward")
     optimizer.zero_grad(set_to_none=True)
     total.backward()
@@ -63,13 +69,6 @@ def our_step(
     optimizer.step()
     mark("optimiser")
     return {"total": total.detach(), "distill": distill.detach(), **losses}
-
-
-def compile_ours(model: CopernicusFMViT) -> None:
-    """The blocks alone: they are nearly all of the work, and are alike, so that one graph a width serves them."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[0] in ("blocks", "decoder_blocks"):
-            module.compile()
 
 
 class Side(Protocol):
@@ -92,7 +91,7 @@ class Ours:
     def _ready(self, model: Any) -> Any:
         model = model.to(self.device)
         if self.compiled:
-            compile_ours(model)
+            model.compile_blocks()
         return model
 
     @functools.cached_property

@@ -16,7 +16,8 @@ from copernicus.datasets.order import Order
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import Problem
 from copernicus.datasets.slices import DrawReader, load_shard
-from copernicus.platform.stream import Share, batches, on_device, tensors
+from copernicus.platform.stream import Share, batches
+from copernicus.platform.to_device import on_device, tensors
 
 SAMPLES = 30_000  # of an endless stream: more than a window can take
 
