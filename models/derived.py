@@ -16,8 +16,8 @@ class Derived:
     writes through ``parameter.data`` do not count: whoever trains the parameters calls ``clear()``.
     """
 
-    LIMIT = 64
-    """Entries kept; a sweep over sensors and sizes has tens."""
+    LIMIT = 16
+    """Entries kept, those used last: kernels of 13 bands for a width of 768 are 10 MB."""
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[tuple[tuple[int, int], ...], Any]] = {}
@@ -27,11 +27,11 @@ class Derived:
         if any(p.is_inference() for p in parameters):  # such tensors do not count what is written to them
             return compute()
         stamp = tuple((p.data_ptr(), p._version) for p in parameters)
-        found = self._kept.get(key)
+        found = self._kept.pop(key, None)
         if found is not None and found[0] == stamp:
+            self._kept[key] = found
             return found[1]
         value = compute()
-        self._kept.pop(key, None)
         if len(self._kept) >= self.LIMIT:
             self._kept.pop(next(iter(self._kept)))
         self._kept[key] = (stamp, value)

@@ -13,16 +13,10 @@ from torch import Tensor
 
 from copernicus.datasets.sensors import Sensor
 from copernicus.models.encoder import check_takes
-from copernicus.models.patch_embed import (
-    CODE_DIM,
-    GENERATED_KERNEL,
-    SpectralPatchEmbed,
-    cut_patches,
-    embed_patches,
-    take_patches,
-    token_grid,
-)
-from copernicus.models.plain import Trunk
+from copernicus.models.hypernetwork import CODE_DIM, GENERATED_KERNEL, SpectralPatchEmbed
+from copernicus.models.patch_embed import embed_patches
+from copernicus.models.patches import cut_patches, take_patches, token_grid
+from copernicus.models.trunk import Trunk
 
 MICROWAVE_NM = 1e6
 C_BAND_NM = (3.75e7, 7.5e7)
@@ -59,6 +53,7 @@ class DOFA(Trunk):
 
     inputs = "sensors with wavelengths: optical ones, and radar in C band (Sentinel-1)"
     patch_embed: WavelengthPatchEmbed
+    patch_size = GENERATED_KERNEL
     optional_weights = ("fc_norm.", "head.")
     """Not in the published files: both start afresh."""
     ignored_weights = ("mask_token", "norm.", "projector.")

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.models.attention import pack, unpack
 from copernicus.models.blocks import Block, run_blocks
+from copernicus.models.hypernetwork import PatchPredictor
 from copernicus.models.initialise import initialise
 from copernicus.models.metadata import embed_metadata
-from copernicus.models.patch_embed import PatchPredictor, cut_patches, predict_patches, take_patches
+from copernicus.models.patch_embed import predict_patches
+from copernicus.models.patches import check_whole, cut_patches, take_patches
 from copernicus.models.position import fixed_positions, sincos_table
 from copernicus.models.vit import CopernicusFMViT, View, look
 
@@ -65,22 +67,13 @@ class Masked:
     hidden_BX: Tensor
 
 
-def check_sides(x_BCHW: Tensor, patch_kernel: int) -> None:
-    """Raises InputError for sides that are no multiples of the patch: the decoder predicts whole patches."""
-    if x_BCHW.shape[2] % patch_kernel or x_BCHW.shape[3] % patch_kernel:
-        raise InputError(
-            f"a masked autoencoder needs images whose sides are multiples of the patch kernel {patch_kernel}, "
-            f"got {x_BCHW.shape[2]} x {x_BCHW.shape[3]}"
-        )
-
-
 def patchify(x_BCHW: Tensor, patch_kernel: int) -> Tensor:
     """Image -> patches (B, L, V), row by row, the values of each ordered (row, column, channel).
 
     Raises:
         InputError: sides that are no multiples of the patch.
     """
-    check_sides(x_BCHW, patch_kernel)
+    check_whole(x_BCHW.shape[2], x_BCHW.shape[3], patch_kernel)
     return take_patches(cut_patches(x_BCHW, patch_kernel, shift=0), None).transpose(2, 3).flatten(2)
 
 
@@ -227,7 +220,7 @@ class MaskedAutoencoder(CopernicusFMViT):
         if channels is not None:
             x_BCHW, sensor = x_BCHW.index_select(1, _on_device(channels, x_BCHW.device)), sensor.select(channels)
         view = look(x_BCHW, sensor, metadata, checked=metadata is not None and metadata.is_cuda)
-        check_sides(x_BCHW, view.patch_kernel)
+        check_whole(x_BCHW.shape[2], x_BCHW.shape[3], view.patch_kernel)
         if view.patch_kernel < 3:  # the convolution's padding then adds a row and a column of tokens
             raise InputError(f"sensor {sensor.name!r}: a masked autoencoder needs patches of at least 3 x 3 pixels")
         tokens = view.grid[0] * view.grid[1]
@@ -280,7 +273,7 @@ class MaskedAutoencoder(CopernicusFMViT):
         return SensorResult(
             loss_B=self._compare(masked, hidden_BXCQ),
             pred_BLV=pred_BLCQ.flatten(2) if self.published else pred_BLCQ.transpose(2, 3).flatten(2),
-            mask_BL=torch.ones_like(noise_BL).scatter(1, masked.kept_BX, 0.0),
+            mask_BL=torch.ones(noise_BL.shape, device=x_BCHW.device).scatter(1, masked.kept_BX, 0.0),
             latent_BTD=latents[0],
         )
 

@@ -14,19 +14,19 @@ from copernicus.datasets.sensors import METADATA_FIELDS, InputError
 _METADATA_LIMITS = ((-180.0, 360.0), (-90.0, 90.0), (-1e7, 1e7), (0.0, fourier.AREA_KM2[1]))
 
 
-def check_metadata(metadata_B4: Tensor | None, batch: int) -> Tensor:
-    """The rows as a (B, 4) tensor, all unknown for None.
+def check_metadata(metadata_B4: Tensor, batch: int, values: bool = True) -> Tensor:
+    """The rows, a (B, 4) tensor. ``values=False`` looks at their shape alone, for which a GPU need not be waited for.
 
     Raises:
         InputError: another shape, or a value no place, date or area can have; the message names row and field.
     """
-    if metadata_B4 is None:
-        return torch.full((batch, len(METADATA_FIELDS)), torch.nan)
     if tuple(metadata_B4.shape) != (batch, len(METADATA_FIELDS)):
         raise InputError(
             f"metadata has shape {tuple(metadata_B4.shape)}; for a batch of {batch} images it is "
             f"({batch}, {len(METADATA_FIELDS)}): {', '.join(METADATA_FIELDS)}"
         )
+    if not values:
+        return metadata_B4
     lower, upper = torch.tensor(_METADATA_LIMITS, dtype=metadata_B4.dtype, device=metadata_B4.device).T
     wrong_B4 = (metadata_B4 < lower) | (metadata_B4 > upper)
     if bool(wrong_B4.any()):

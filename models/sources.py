@@ -91,11 +91,12 @@ def _from_mlflow(uri: str, folder: str, what: str) -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
     except (MlflowException, OSError) as error:
-        store = re.sub(r"(://[^:/@\s]*:)\S*@", r"\1***@", mlflow.get_tracking_uri())  # without its password
-        raise InputError(
-            f"{what} {uri}: cannot be fetched from the MLflow store {store} ({_first_line(error)}); check the run and "
-            "the path, or set MLFLOW_TRACKING_URI to the store that holds it"
-        ) from error
+        message = (
+            f"{what} {uri}: cannot be fetched from the MLflow store {mlflow.get_tracking_uri()} ({_first_line(error)}); "
+            "check the run and the path, or set MLFLOW_TRACKING_URI to the store that holds it"
+        )
+        # Without a password, wherever it stands. What raised it would show it again.
+        raise InputError(re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", message)) from None
 
 
 def _from_hub(url: str, what: str) -> Path:

@@ -67,7 +67,7 @@ class DinoTeacher:
 
 
 def load_teacher(source: str, device: torch.device | str = "cpu") -> DinoTeacher:
-    """A DINOv2 teacher, as `distillation_loss` takes it. Nothing is ever unpickled.
+    """A DINOv2 teacher, as `imitation_loss` takes it. Nothing is ever unpickled.
 
     Args:
         source: a folder with ``config.json`` and ``model.safetensors`` as ``transformers`` writes them, or

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from safetensors.torch import load_file
 from copernicus.datasets.sensors import InputError
 
 
-def read_tensors(path: Path, what: str = "weights") -> Any:
+def read_tensors(path: Path, what: str = "weights", mmap: bool = False) -> Any:
     """What a ``.safetensors`` file or one of ``torch.save`` holds, where that is tensors and plain values alone.
+
+    Args:
+        mmap: tensors are mapped from the file, not read, where its form allows that.
 
     Raises:
         InputError: not readable, or holds more; nothing in it was run.
@@ -25,7 +29,8 @@ def read_tensors(path: Path, what: str = "weights") -> Any:
             return load_file(path)
         # Training codes put their command line beside the weights: a bag of plain values, which has no code to run.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            mmap = mmap and zipfile.is_zipfile(path)  # torch.save before 1.6 wrote another form
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{what} {path}: refused, the file is not made of tensors alone; nothing in it was run"

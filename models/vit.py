@@ -14,22 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from copernicus.datasets.sensors import InputError, Sensor
+from copernicus.datasets.sensors import METADATA_FIELDS, InputError, Sensor
 from copernicus.models.blocks import Block, default_levels, through_blocks
 from copernicus.models.derived import Derived
+from copernicus.models.hypernetwork import Kernel, SpectralPatchEmbed, VariablePatchEmbed
 from copernicus.models.initialise import initialise
 from copernicus.models.language import LanguageTable
 from copernicus.models.metadata import check_metadata, embed_metadata
-from copernicus.models.patch_embed import (
-    Kernel,
-    SpectralPatchEmbed,
-    VariablePatchEmbed,
-    cut_patches,
-    embed_patches,
-    fit_kernel,
-    take_patches,
-    token_grid,
-)
+from copernicus.models.patch_embed import embed_patches, fit_kernel
+from copernicus.models.patches import check_whole, cut_patches, take_patches, token_grid
 from copernicus.models.position import fixed_positions, sincos_table
 
 
@@ -76,12 +69,13 @@ def look(
         raise InputError(
             f"sensor {sensor.name!r}: expected a batch of shape (B, {sensor.channels}, H, W), got {tuple(x_BCHW.shape)}"
         )
-    metadata_B4 = metadata if checked and metadata is not None else check_metadata(metadata, x_BCHW.shape[0])
-    view = View(x_BCHW, sensor, patch_kernel or sensor.patch_kernel, metadata_B4)
-    if view.patch_kernel < 1:
-        raise InputError(f"sensor {sensor.name!r}: a patch of {view.patch_kernel} pixels cannot be")
-    assert view.grid
-    return view
+    patch_kernel = sensor.patch_kernel if patch_kernel is None else patch_kernel
+    if patch_kernel < 1:
+        raise InputError(f"sensor {sensor.name!r}: a patch of {patch_kernel} pixels cannot be")
+    token_grid(x_BCHW.shape[2], x_BCHW.shape[3], patch_kernel)
+    if metadata is None:
+        metadata = torch.full((x_BCHW.shape[0], len(METADATA_FIELDS)), torch.nan, device=x_BCHW.device)
+    return View(x_BCHW, sensor, patch_kernel, check_metadata(metadata, x_BCHW.shape[0], values=not checked))
 
 
 class CopernicusFMViT(nn.Module):
@@ -124,7 +118,6 @@ class CopernicusFMViT(nn.Module):
         self.embed_dim = embed_dim
         self.global_pool = global_pool
         self.cartesian = cartesian
-        self.language = language if language is not None else LanguageTable()
         self.recompute = False
         """True: activation checkpointing; blocks are computed again in the backward pass, for less memory."""
         self._kernels, self._positions = Derived(), Derived()
@@ -136,7 +129,7 @@ class CopernicusFMViT(nn.Module):
             self.scale_token = nn.Parameter(torch.empty(1, 1, embed_dim))
             self.time_token = nn.Parameter(torch.empty(1, 1, embed_dim))
             self.patch_embed_spectral = SpectralPatchEmbed(embed_dim)
-            self.patch_embed_variable = VariablePatchEmbed(embed_dim, self.language)
+            self.patch_embed_variable = VariablePatchEmbed(embed_dim, language or LanguageTable())
             self.coord_fc = nn.Linear(embed_dim, embed_dim)
             self.scale_fc = nn.Linear(embed_dim, embed_dim)
             self.time_fc = nn.Linear(embed_dim, embed_dim)
@@ -151,6 +144,11 @@ class CopernicusFMViT(nn.Module):
         with torch.no_grad():
             self.pos_embed.copy_(sincos_table(embed_dim, grid))
 
+    @property
+    def language(self) -> LanguageTable:
+        """The embeddings of variables' names."""
+        return self.patch_embed_variable.language
+
     @staticmethod
     def takes(sensor: Sensor) -> bool:
         """Whether it encodes the sensor: any, of wavelengths or a variable of one band."""
@@ -160,29 +158,30 @@ class CopernicusFMViT(nn.Module):
         """torch.compile of every block, in place; names of the state dict stay.
 
         Crops, draws of channels and hypernetworks lie outside: a training step's shapes do not change, so nothing is
-        compiled again. Each other shape, such as a validation batch of another size, is compiled once.
+        compiled again. Each other shape is compiled once; after eight (torch's limit), further ones run as they are.
         """
         for module in self.modules():
             if isinstance(module, Block):
-                module.compile(dynamic=False)  # symbolic sizes break torch 2.11's layer-norm gradient
+                # Without the hooks around it (FSDP's). Symbolic sizes break torch 2.11's layer-norm gradient.
+                module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
 
     def kernels(self, views: Sequence[View]) -> list[Kernel]:
         """The patch kernels of each view's sensor, fitted to its patches.
 
-        Without gradients, in evaluation mode, they are kept for the next batch, until a weight changes. A pass from
-        which gradients may come forgets them, for not every optimiser says that it writes.
+        Where no gradients can reach them they are kept for the next batch, until a weight changes. A pass from which
+        gradients may come forgets them, for not every optimiser says that it writes.
         """
-        if self.training or torch.is_grad_enabled():
+        embeds = (self.patch_embed_spectral, self.patch_embed_variable)
+        if torch.is_grad_enabled() and any(p.requires_grad for embed in embeds for p in embed.parameters()):
             self._kernels.clear()
             return self._generate(views)
         kernels = []
         for view in views:
             autocast = torch.is_autocast_enabled(self.cls_token.device.type)
             key = (view.sensor, view.patch_kernel, autocast and torch.get_autocast_dtype(self.cls_token.device.type))
-            embed = self.patch_embed_spectral if view.sensor.spectral else self.patch_embed_variable
-            sources: list[Tensor] = list(embed.parameters())
+            sources: list[Tensor] = list(embeds[not view.sensor.spectral].parameters())
             if not view.sensor.spectral:
-                sources.append(self.patch_embed_variable.language.vector(view.sensor.variable))
+                sources.append(self.language.vector(view.sensor.variable))
             kernels.append(self._kernels.get(key, sources, functools.partial(self._generate_one, view)))
         return kernels
 
@@ -290,6 +289,8 @@ class CopernicusFMViT(nn.Module):
     def encode(self, x_BCHW: Tensor, sensor: Sensor, metadata: Tensor | None = None, normalize: bool = True) -> Tensor:
         """Features (B, D) of images in the sensor's raw units; ``normalize=False`` for values already normalised.
 
+        Sides must be multiples of the sensor's patch. (``forward_features`` leaves out what fills none, as published.)
+
         Gradients flow: wrap the call in ``torch.inference_mode()`` where none are wanted.
         """
         return self.forward_features(self._prepare(x_BCHW, sensor, normalize), metadata, sensor=sensor)
@@ -311,5 +312,6 @@ class CopernicusFMViT(nn.Module):
         return self.forward_tokens(self._prepare(x_BCHW, sensor, normalize), metadata, sensor=sensor, levels=chosen)[1]
 
     def _prepare(self, x_BCHW: Tensor, sensor: Sensor, normalize: bool) -> Tensor:
+        check_whole(x_BCHW.shape[-2], x_BCHW.shape[-1], sensor.patch_kernel)
         x_BCHW = x_BCHW.to(self.cls_token.device)
         return sensor.normalize(x_BCHW) if normalize else x_BCHW

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from copernicus.datasets.sensors import InputError
 from copernicus.models.sources import local_file
+from copernicus.models.tensors import read_tensors
 
 
 def read_checkpoint(source: str | Path) -> dict[str, Any] | None:
@@ -25,10 +23,7 @@ def read_checkpoint(source: str | Path) -> dict[str, Any] | None:
     with local_file(source) as path:
         if path.suffix != ".pt":
             return None
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # of many kinds; a payload is refused, not run
-            raise InputError(f"weights {source}: cannot be read ({str(error).strip().splitlines()[0]})") from None
+        saved = read_tensors(path, mmap=True)
     ours = isinstance(saved, dict) and isinstance(saved.get("architecture"), dict)
     return saved if ours else None
 

@@ -242,7 +242,7 @@ WITHOUT_EFFECT = (
     "sweep.cache", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
 )  # fmt: skip
 """Keys (and sections) that leave the results as they are."""
-PUBLISHED: dict[str, Any] = {"require": "all", "metadata_drop": 0.0}
+PUBLISHED: dict[str, Any] = {"require": "all", "metadata_drop": 0.0, "precision": "float32"}
 """Defaults of ``pretrain.preset: published``."""
 SECTIONS = {"pretrain": ("pretrain",), "sweep": ("sweep",), "pipeline": ()}
 NESTED = {"encoders": Encoder, "search": Space}

@@ -85,7 +85,7 @@ class Plan:
     def channels(self, step: int, sensor: Sensor) -> list[int] | None:
         """The channels that this step trains on: 75-100 % of a many-band sensor's, the same on every rank.
 
-        As published, but that their order there is random, which matters to its decoder alone (`PatchPredictor`).
+        As published, but that their order there is random, which matters to its decoder alone (`MaskedAutoencoder._compare`).
         """
         if sensor.channels < 3:
             return None
@@ -157,13 +157,15 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     Raises:
         InputError: bf16 on hardware without instructions for it, where a step would take many times as long.
     """
+    if precision == "float32" or (precision == "auto" and device.type != "cuda"):
+        return None
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # torch 2.9 has no public way to ask
         able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if precision == "bf16" and not able:
         raise InputError(f"pretrain.precision: this {device.type} device computes no bf16; set float32")
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and device.type == "cuda" and able) else None
+    return torch.bfloat16 if able else None
 
 
 def weigh(loss_BS: torch.Tensor, present_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -83,14 +83,18 @@ def train_worker(config: dict[str, Any]) -> None:
     teacher = open_teacher(settings.distill, device)
     loss_module = PerRowLoss(autoencoder, plan.sensors, teacher)
     freeze_unreached(loss_module, plan)
+    refused = ""
     try:
         loss_module.autocast = autocast_dtype(settings.precision, device)
     except InputError as error:
-        stop_run(mailbox, rank, str(error))
+        refused = str(error)
+    if refused := next(filter(None, gather(refused, world_size)), ""):
+        stop_run(mailbox, rank, refused)
         return
+    precisions = set(gather(str(loss_module.autocast or torch.float32), world_size))
     autoencoder.recompute = settings.activation_checkpointing
     if settings.compile if settings.compile is not None else device.type == "cuda":
-        autoencoder.compile_blocks()  # before they are shared out, whose hooks would end up in the graph
+        autoencoder.compile_blocks()
     model = parallelise(loss_module, settings.parallel, device)
     groups = parameter_groups(loss_module, settings.weight_decay)
     trained = [p for p in loss_module.parameters() if p.requires_grad]
@@ -105,12 +109,21 @@ def train_worker(config: dict[str, Any]) -> None:
             saved = torch.load(Path(folder) / CHECKPOINT_FILE, map_location="cpu", weights_only=True, mmap=True)
             restore(loss_module, optimizer, saved["model"], saved["optimizer"])
         teachers |= {saved.get("teacher")}
+        precisions |= {saved["precision"]}
         step, coverage = saved["step"], Coverage({k: tuple(v) for k, v in saved["coverage"].items()})
         problems |= {str(p): p for p in (Problem(*fields) for fields in saved["problems"])}
     if len(teachers) > 1:
         stop_run(
             mailbox, rank, "pretrain.distill.teacher: its files differ between nodes, or from those this run began with"
         )
+        return
+
+    if len(precisions) > 1:
+        found_ones = " and ".join(sorted(p.removeprefix("torch.") for p in precisions))
+        stop_run(
+            mailbox, rank, f"pretrain.precision: {found_ones} in one run, for its hardware differs between nodes or from "
+            "that this run began on; give it the same, or set pretrain.precision and begin anew"
+        )  # fmt: skip
         return
 
     steps = plan.order.steps(settings.batch_size)
@@ -207,6 +220,7 @@ def train_worker(config: dict[str, Any]) -> None:
                         "samples_seen": int(metrics["train/samples_seen"]),
                         "coverage": {k: list(v) for k, v in coverage.epochs.items()},
                         "teacher": teacher.identity if teacher is not None else None,
+                        "precision": next(iter(precisions)),
                         "architecture": {"name": settings.model.name, **settings.model.encoder_overrides()},
                         "language": plan.language.digests(variables(plan.sensors)),
                         "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
@@ -235,9 +249,10 @@ class _Evaluation:
         facts = torch.zeros(2 * len(names) + 2, dtype=torch.float64, device=self.device)
         size = self.plan.order.share(self.plan.settings.batch_size, self.world_size)
         # As many batches as rank 0, which has the most grids, empty ones if need be: under FSDP a forward fetches
-        # parameters from all ranks, which wait for each other.
+        # parameters from all ranks, which wait for each other. All of one size: what is compiled is compiled once.
         for start in range(0, self.most, size):
-            columns = reader.batch([(grid, -1, 0) for grid in self.grids[start : start + size]] or [None])
+            places: list[tuple[Any, int, int] | None] = [(grid, -1, 0) for grid in self.grids[start : start + size]]
+            columns = reader.batch(places + [None] * (size - len(places)))
             new += problems_in(columns)
             batch = tensors(columns, self.device)
             loss_BN = module(batch, {})

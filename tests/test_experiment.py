@@ -204,7 +204,7 @@ def test_the_fingerprint_changes_with_what_changes_results(override):
 
 @pytest.mark.parametrize(
     "override",
-    ["tracking.uri=sqlite:///other.db", "tracking.experiment=other", "output=elsewhere", "pretrain.workers=1", "pretrain.parallel=fsdp",
+    ["tracking.uri=sqlite:///other.db", "tracking.experiment=other", "output=elsewhere", "pretrain.workers=1", "pretrain.parallel=fsdp", "pretrain.compile=true", "pretrain.activation_checkpointing=true",
      "pretrain.cpus_per_worker=1", "pretrain.data_cpus=0.5", "pretrain.max_failures=0", "pretrain.keep_checkpoints=5",
      "pretrain.checkpoint_every=3", "pretrain.max_skipped=0.5", "sweep.cache=elsewhere", "sweep.cpus_per_trial=2",
      "pretrain.clip_grad_norm=null"],
@@ -272,6 +272,8 @@ def test_distillation_is_off_unless_a_teacher_is_named(monkeypatch):
         ("sweep.encoders.random=none", ["sweep.encoders.random: must be a section with the keys weights", "'none'"]),
         ("sweep.search=null", ["sweep.search: must be a section"]),
         ("pretrain.image_size.s2_toa=big", ["pretrain.image_size.s2_toa", "big"]),
+        ("pretrain.precision=fp16", ["pretrain.precision: no 'fp16'", "auto, float32, bf16"]),
+        ("pretrain.compile=sometimes", ["pretrain.compile", "sometimes"]),
         ("pretrain.parallel=fsdpp", ["pretrain.parallel: no 'fsdpp'; did you mean 'fsdp'", "ddp, fsdp"]),
         ("pretrain.sensors=[dem,s2_tao]", ["pretrain.sensors[1]: no 's2_tao'", "did you mean 's2_toa'", *SENSORS]),
         ("pretrain.sensors=[]", ["pretrain.sensors: empty", *SENSORS]),

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_models_mae import METADATA, NOISE, SAMPLES, small_model
+from test_models_mae import METADATA, NOISE, SAMPLES, published_model, small_model
 
 from copernicus.datasets.sensors import SENSORS
 from copernicus.platform.to_device import on_device
@@ -41,12 +41,16 @@ def test_losses_and_gradients_are_those_of_the_processor():
 
 
 def test_compiled_blocks_give_the_same_losses_under_autocast():
-    eager, compiled = small_model().cuda(), small_model().cuda()
+    eager, compiled = published_model().cuda(), published_model().cuda()
     compiled.compile_blocks()
+    images, metadata, noise = there(SAMPLES), there(METADATA), there(NOISE)
     with torch.autocast("cuda", torch.bfloat16):
-        a, b = (m(there(SAMPLES), SENSORS, there(METADATA), there(NOISE))["loss"] for m in (eager, compiled))
-    b.backward()
-    assert a.item() == pytest.approx(b.item(), rel=1e-2)
+        for name, sensor in SENSORS.items():
+            a, b = (
+                m.forward_sensor(images[name], sensor, metadata[name], noise[name]).pred_BLV for m in (eager, compiled)
+            )
+            assert ((a - b).norm() / a.norm()).item() < 0.02, name
+        compiled(images, SENSORS, metadata, noise)["loss"].backward()
 
 
 def test_a_step_waits_for_the_gpu_nowhere():

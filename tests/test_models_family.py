@@ -28,7 +28,7 @@ S1, S2, NO2 = (SENSORS[name] for name in ("s1_grd", "s2_toa", "s5p_no2"))
 @pytest.fixture
 def meta(monkeypatch):
     """Models without memory: on the meta device, their initial weights not drawn."""
-    for module in ("vit", "masked_autoencoder", "plain"):
+    for module in ("vit", "masked_autoencoder", "trunk"):
         monkeypatch.setattr(f"copernicus.models.{module}.initialise", lambda *args, **kwargs: None)
     with torch.device("meta"):
         yield
@@ -186,10 +186,10 @@ def test_what_an_encoder_does_not_take_is_refused_in_one_line():
         plain.encode(x, S1)
     with pytest.raises(InputError, match=r"shape \(B, 13, H, W\)"):
         plain.encode(x, S2, normalize=False)
-    with pytest.raises(InputError, match="8 x 64 pixels holds no patch"):
+    with pytest.raises(InputError, match="8 x 64 pixels is no whole number of patches"):
         plain.encode(torch.randn(1, 13, 8, 64), S2)
     with pytest.raises(InputError, match="holds no patch"):
-        create_model("dofa_small", **TINY).encode(torch.randn(1, 13, 8, 8), S2)
+        create_model("dofa_small", **TINY).forward_features(torch.randn(1, 13, 8, 8), sensor=S2)
     with pytest.raises(InputError, match=r"levels \[7\]"):
         plain.encode_dense(torch.randn(1, 13, 64, 64), S2, levels=[7])
     with pytest.raises(InputError, match="made for one sensor"):

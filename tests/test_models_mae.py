@@ -141,7 +141,7 @@ def test_patches_are_ordered_row_column_channel():
     expected = [image[0, c, 2 + i, 4 + j] for i in range(2) for j in range(2) for c in range(2)]
     assert patches[0, 5].tolist() == expected
     assert torch.equal(unpatchify(patches, (2, 3), 2), image)
-    with pytest.raises(InputError, match="multiples"):
+    with pytest.raises(InputError, match="whole number of patches"):
         patchify(image, 4)
 
 

@@ -24,9 +24,10 @@ from copernicus.datasets.slices import DrawReader
 from copernicus.models import create_model, load_weights
 from copernicus.platform.checkpoint import architecture
 from copernicus.platform.experiment import Model, Pretrain
-from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, freeze_unreached, weigh
+from copernicus.platform.objective import PerRowLoss, Plan, autocast_dtype, build_autoencoder, freeze_unreached, weigh
 from copernicus.platform.pretrain import PretrainFailed, check_resources, pretrain
 from copernicus.platform.session import ray_session
+from copernicus.platform.to_device import tensors
 
 TINY = Model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)  # fmt: skip
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "index.json").read_text())
@@ -79,6 +80,37 @@ def test_freeze_leaves_exactly_what_the_sensors_reach():
     assert not any("patch_embed_spectral.fclayer" in name or "blocks" in name for name in frozen)
 
 
+def test_precision_is_what_was_asked_for_or_refused(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for able in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert autocast_dtype("float32", gpu) is autocast_dtype("auto", cpu) is None
+        assert autocast_dtype("auto", gpu) is (torch.bfloat16 if able else None)
+        for device in (cpu, gpu):
+            if able:
+                assert autocast_dtype("bf16", device) is torch.bfloat16
+            else:
+                with pytest.raises(InputError, match=f"pretrain.precision: this {device.type} device computes no bf16"):
+                    autocast_dtype("bf16", device)
+
+
+def test_autocast_holds_inside_the_loss(shards):
+    chosen = plan(settings(shards))
+    module = PerRowLoss(build_autoencoder(chosen), chosen.sensors)
+    batch = tensors(
+        chosen.reader(augment=False).batch([(grid, 0, 0) for grid in index_shards(str(shards))][:4]),
+        torch.device("cpu"),
+    )
+    full = module(batch, {})
+    module.autocast = torch.bfloat16
+    half = module(batch, {})
+    assert full.dtype == half.dtype == torch.float32
+    assert not torch.equal(full, half)
+    torch.testing.assert_close(full, half, rtol=0.02, atol=1e-3)
+
+
 def test_too_few_cpus_are_refused_with_the_sum():
     with pytest.raises(InputError, match=r"2 workers x 1.0 CPU \+ 1.0 CPU for reading = 3 CPUs, but the cluster has 2"):
         check_resources(Pretrain(workers=2, cpus_per_worker=1.0), {"CPU": 2.0})
@@ -128,7 +160,7 @@ def test_a_published_run_trains_on_whole_grids_with_the_published_loss(ray, shar
 
 
 def test_a_run_learns_and_its_checkpoint_loads(ray, shards, tmp_path):
-    result, rows = run(settings(shards, epochs=8, norm_pix_loss=False), tmp_path)
+    result, rows = run(settings(shards, epochs=8, norm_pix_loss=False, activation_checkpointing=True), tmp_path)
     steps = [step for step, metrics in rows if "train/loss" in metrics]
     assert steps == list(range(1, result.steps + 1)), "each step's figures come once, in order"
     val = [metrics["val/loss"] for _, metrics in rows if "val/loss" in metrics]
@@ -141,6 +173,7 @@ def test_a_run_learns_and_its_checkpoint_loads(ray, shards, tmp_path):
     assert architecture(result.checkpoint) == ("copernicus_fm_base", {"embed_dim": 32, "depth": 2, "num_heads": 4})
     encoder = create_model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, global_pool=True)
     assert load_weights(encoder, result.checkpoint).complete
+    assert torch.load(result.checkpoint, weights_only=True)["precision"] == "torch.float32"
     kept = sorted(p.name for p in (tmp_path / "pretrain").glob("checkpoint_2*"))
     assert len(kept) == 2, "keep_checkpoints"
 

@@ -162,6 +162,8 @@ def show_losses(losses: dict[str, dict[str, float]], batch: int) -> None:
     for name, values in losses.items():
         others = [abs(values[key] - losses[base][key]) for key in values]
         rows.append([name, f"{values['total']:.7f}", f"{values['total'] - losses[base]['total']:+.1e}", f"{max(others):.1e}"])  # fmt: skip
+        if "bf16" not in name and "bf16" not in base and max(others) > 1e-5 * values["total"]:
+            raise SystemExit(f"{name}'s losses are not {base}'s: nothing here can be compared")
     title = f"Losses of the first step, batch {batch}: same weights, inputs, masks, channels"
     show(title, ["variant", "total", f"less {base}'s", "largest difference of any sensor's"], rows)
 

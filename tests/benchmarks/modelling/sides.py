@@ -63,10 +63,10 @@ def our_step(
     total = torch.stack(list(losses.values())).mean() + distill
     losses = {name: loss.detach() for name, loss in losses.items()}
     mark("forward")
-    optimizer.zero_grad(set_to_none=True)
     total.backward()
     mark("backward")
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     mark("optimiser")
     return {"total": total.detach(), "distill": distill.detach(), **losses}
 
