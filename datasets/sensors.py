@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +86,15 @@ class Sensor:
                 raise InputError(
                     f"sensor {self.name!r}: {field} has {length} values for {channels} bands (give 1 or {channels})"
                 )
-        if any(s <= 0 for s in self.std):
-            raise InputError(f"sensor {self.name!r}: std must be positive, it is {list(self.std)}")
+        if not all(0 < s < math.inf for s in self.std):
+            raise InputError(f"sensor {self.name!r}: std must be positive and finite, it is {list(self.std)}")
+        if not all(map(math.isfinite, self.mean)) or not all(math.isfinite(s) and s != 0 for s in self.scale):
+            raise InputError(
+                f"sensor {self.name!r}: mean must be finite and scale finite and not 0, they are {list(self.mean)} and "
+                f"{list(self.scale)}"
+            )
+        if not isinstance(self.patch_kernel, int) or self.patch_kernel < 1:
+            raise InputError(f"sensor {self.name!r}: patch_kernel={self.patch_kernel} must be a whole number of pixels")
 
     @property
     def channels(self) -> int:

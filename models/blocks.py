@@ -16,6 +16,15 @@ from copernicus.datasets.sensors import InputError
 from copernicus.models.attention import Groups, attend, group, pack, unpack
 
 
+def check_sizes(dim: int, num_heads: int, depth: int, prefix: str = "", shallowest: int = 1) -> None:
+    """Raises InputError for a transformer that cannot be built: of no width, or one that heads or positions do not divide."""
+    for name, value, least in (("embed_dim", dim, 1), ("num_heads", num_heads, 1), ("depth", depth, shallowest)):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{prefix}{name}={value} must be a whole number of at least {least}")
+    if dim % 4 or dim % num_heads:
+        raise InputError(f"{prefix}embed_dim={dim} must be a multiple of 4 and of {prefix}num_heads={num_heads}")
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from copernicus.datasets.sensors import InputError, Sensor
@@ -49,6 +50,27 @@ class Encoder(Protocol):
     def train(self, mode: bool = True) -> Any: ...
 
 
+def images_for(parameter: Tensor, x_BCHW: Any, sensor: Any) -> Tensor:
+    """A user's images as float32 where the model lies.
+
+    Args:
+        parameter: any of the model's.
+
+    Raises:
+        InputError: not a batch of images, no sensor, or a model whose weights are not float32.
+    """
+    if not isinstance(sensor, Sensor):
+        raise InputError(f'the sensor is a {type(sensor).__name__}; give a Sensor, as in SENSORS["s2_toa"]')
+    if not isinstance(x_BCHW, Tensor) or x_BCHW.ndim != 4:
+        shape = tuple(x_BCHW.shape) if hasattr(x_BCHW, "shape") else type(x_BCHW).__name__
+        raise InputError(f"images: expected a tensor of shape (B, {sensor.channels}, H, W), got {shape}")
+    if parameter.dtype != torch.float32:
+        raise InputError(
+            f"the model's weights are {parameter.dtype}; keep them float32, and encode under torch.autocast for speed"
+        )
+    return x_BCHW.to(parameter.device, torch.float32)
+
+
 def check_takes(name: str, kind: Any, sensor: Sensor) -> None:
     """Refuse a sensor that an encoder does not take.
 
@@ -59,7 +81,13 @@ def check_takes(name: str, kind: Any, sensor: Sensor) -> None:
     Raises:
         InputError: it does not take the sensor; the message says what it takes.
     """
-    if not kind.takes(sensor):
+    try:
+        takes = kind.takes(sensor)
+    except Exception as error:  # an encoder of somebody's own
+        raise InputError(
+            f"{name}: its takes(sensor) fails ({type(error).__name__}: {error}); is it a staticmethod?"
+        ) from error
+    if not takes:
         raise InputError(f"{name} takes {kind.inputs}; {describe(sensor)} is not among them")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.models.attention import pack, unpack
-from copernicus.models.blocks import Block, run_blocks
+from copernicus.models.blocks import Block, check_sizes, run_blocks
 from copernicus.models.hypernetwork import PatchPredictor
 from copernicus.models.initialise import initialise
 from copernicus.models.metadata import embed_metadata
@@ -111,11 +111,7 @@ class MaskedAutoencoder(CopernicusFMViT):
     ) -> None:
         if not 0 < mask_ratio < 1:
             raise InputError(f"mask_ratio={mask_ratio} must lie between 0 and 1")
-        if decoder_embed_dim % 4 or decoder_embed_dim % decoder_num_heads:
-            raise InputError(
-                f"decoder_embed_dim={decoder_embed_dim} must be a multiple of 4 and of "
-                f"decoder_num_heads={decoder_num_heads}"
-            )
+        check_sizes(decoder_embed_dim, decoder_num_heads, decoder_depth, "decoder_", shallowest=0)
         super().__init__(**encoder, num_classes=0, global_pool=False)
         self.encoder_names = tuple(self.state_dict())
         self.mask_ratio = mask_ratio

@@ -61,7 +61,7 @@ def embed_patches(patches_BXCQ: Tensor, kernel: Kernel, patch_kernel: int) -> Te
     if patch_kernel > GENERATED_KERNEL:
         generated, size = (GENERATED_KERNEL, GENERATED_KERNEL), (patch_kernel, patch_kernel)
         patches_BXCQ = patches_BXCQ @ kernel_resize_matrix(generated, size, str(patches_BXCQ.device))
-    flat_NV, weight_VD = patches_BXCQ.reshape(batch * count, -1), kernel.weight_CPD.flatten(0, 1)
+    flat_NV, weight_VD = patches_BXCQ.flatten(2).flatten(0, 1), kernel.weight_CPD.flatten(0, 1)
     tokens_ND = torch.addmm(kernel.bias_D, flat_NV, weight_VD, beta=KERNEL_SCALE, alpha=KERNEL_SCALE)
     return tokens_ND.unflatten(0, (batch, count))
 

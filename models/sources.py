@@ -68,7 +68,8 @@ def _in_folder(path: Path, suffixes: Sequence[str], what: str, source: str) -> P
     if path.is_file():
         return path
     if not path.is_dir():
-        raise InputError(f"{what}: no file or folder {source}")
+        hint = "; sources are files, folders, hf://..., runs:/... and models:/..." if "://" in source else ""
+        raise InputError(f"{what}: no file or folder {source}{hint}")
     files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
     named = [file for file in files if file.stem in ("model", "checkpoint")]
     chosen = files if len(files) == 1 else named
@@ -88,6 +89,9 @@ def _from_mlflow(uri: str, folder: str, what: str) -> Path:
         from mlflow.exceptions import MlflowException
     except ImportError:
         raise InputError(f"{what} {uri}: MLflow is not installed here; pip install mlflow, or give a file") from None
+    store = mlflow.get_tracking_uri()
+    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():  # would be made
+        raise InputError(f"{what} {uri}: no MLflow store {store}; set MLFLOW_TRACKING_URI to the one that holds it")
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
     except (MlflowException, OSError) as error:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError, Sensor
-from copernicus.models.blocks import Block, default_levels, through_blocks
+from copernicus.models.blocks import Block, check_sizes, default_levels, through_blocks
+from copernicus.models.encoder import images_for
 from copernicus.models.initialise import initialise
 from copernicus.models.patches import check_whole
 from copernicus.models.position import resize_table, sincos_table
@@ -50,8 +51,7 @@ class Trunk(nn.Module):
         learned_position: bool,
     ) -> None:
         super().__init__()
-        if embed_dim % 4 or embed_dim % num_heads:
-            raise InputError(f"embed_dim={embed_dim} must be a multiple of 4 and of num_heads={num_heads}")
+        check_sizes(embed_dim, num_heads, depth)
         self.embed_dim = embed_dim
         self.global_pool = global_pool
         self.patch_embed = patch_embed
@@ -133,7 +133,7 @@ class Trunk(nn.Module):
         return self.forward_tokens(self._prepare(x_BCHW, sensor, normalize), sensor=sensor, levels=chosen)[1]
 
     def _prepare(self, x_BCHW: Tensor, sensor: Sensor, normalize: bool) -> Tensor:
+        x_BCHW = images_for(self.cls_token, x_BCHW, sensor)
         if self.takes(sensor):  # what it does not take is refused by name, further on
             check_whole(x_BCHW.shape[-2], x_BCHW.shape[-1], self.patch_size)
-        x_BCHW = x_BCHW.to(self.cls_token.device)
         return sensor.normalize(x_BCHW) if normalize else x_BCHW

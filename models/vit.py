@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from copernicus.datasets.sensors import METADATA_FIELDS, InputError, Sensor
-from copernicus.models.blocks import Block, default_levels, through_blocks
+from copernicus.models.blocks import Block, check_sizes, default_levels, through_blocks
 from copernicus.models.derived import Derived
+from copernicus.models.encoder import images_for
 from copernicus.models.hypernetwork import Kernel, SpectralPatchEmbed, VariablePatchEmbed
 from copernicus.models.initialise import initialise
 from copernicus.models.language import LanguageTable
@@ -113,14 +114,15 @@ class CopernicusFMViT(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if embed_dim % 4 or embed_dim % num_heads:
-            raise InputError(f"embed_dim={embed_dim} must be a multiple of 4 and of num_heads={num_heads}")
+        check_sizes(embed_dim, num_heads, depth)
+        if image_size < patch_size or patch_size < 1:
+            raise InputError(f"image_size={image_size} must hold at least one patch of patch_size={patch_size}")
         self.embed_dim = embed_dim
         self.global_pool = global_pool
         self.cartesian = cartesian
         self.recompute = False
         """True: activation checkpointing; blocks are computed again in the backward pass, for less memory."""
-        self._kernels, self._positions = Derived(), Derived()
+        self._kernels, self._positions = Derived(sampled=True), Derived()
         grid = image_size // patch_size
         with torch.device("meta"):  # layers fill themselves from the global random state; initialise() does not
             self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -312,6 +314,6 @@ class CopernicusFMViT(nn.Module):
         return self.forward_tokens(self._prepare(x_BCHW, sensor, normalize), metadata, sensor=sensor, levels=chosen)[1]
 
     def _prepare(self, x_BCHW: Tensor, sensor: Sensor, normalize: bool) -> Tensor:
-        check_whole(x_BCHW.shape[-2], x_BCHW.shape[-1], sensor.patch_kernel)
-        x_BCHW = x_BCHW.to(self.cls_token.device)
+        x_BCHW = images_for(self.cls_token, x_BCHW, sensor)
+        check_whole(x_BCHW.shape[2], x_BCHW.shape[3], sensor.patch_kernel)
         return sensor.normalize(x_BCHW) if normalize else x_BCHW

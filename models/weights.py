@@ -173,9 +173,21 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str, dict[str, str]]:
     under, trained = "", {}
     if isinstance(content, Mapping):
         under = next((key for key in NESTS if isinstance(content.get(key), Mapping)), "")
-        if under and "architecture" in content:
-            trained = dict(content.get("language", {}))
+        if under and "architecture" in content and isinstance(content.get("language"), Mapping):
+            trained = dict(content["language"])
         content = content[under] if under else content
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    ):
         raise InputError(f"weights {path}: no state dict found, neither at the top nor under {' or '.join(NESTS)}")
+    for name, value in content.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or not value.is_floating_point():
+            kind = "quantised" if value.is_quantized else "without values" if value.is_meta else value.layout
+            raise InputError(
+                f"weights {path}: {name} is {kind} of {value.dtype}; parameters are plain floating-point numbers"
+            )
+        if not bool(value.isfinite().all()):
+            raise InputError(f"weights {path}: {name} holds NaN or infinite values; the run that wrote it has diverged")
     return dict(content), under, trained

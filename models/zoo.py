@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from copernicus.datasets.sensors import InputError, Sensor
+from copernicus.models.blocks import check_sizes
 from copernicus.models.dofa import DOFA
 from copernicus.models.encoder import check_takes
 from copernicus.models.masked_autoencoder import MaskedAutoencoder
@@ -80,7 +81,7 @@ def encoder_kind(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the user's module raises when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module raises when it is imported
         reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
             f"encoder {name!r}: cannot be imported ({type(error).__name__}: {reason}); install its package, or put its "
@@ -102,6 +103,11 @@ def check_encoder(name: str, sensor: Sensor, **overrides: Any) -> Any:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     if not open_ended and (unknown := sorted(set(overrides) - set(known))):
         raise InputError(f"encoder {name!r} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
+    if name in ZOO:
+        shape = {**ZOO[name][1], **overrides}
+        check_sizes(shape["embed_dim"], shape["num_heads"], shape["depth"])
+    elif inspect.isclass(kind) and not issubclass(kind, nn.Module):
+        raise InputError(f"encoder {name!r} is no torch.nn.Module; see `copernicus.models.Encoder`")
     check_takes(f"encoder {name!r}", kind, sensor)
     return kind
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from copernicus.datasets.sensors import InputError
 from copernicus.models.sources import local_file
 from copernicus.models.tensors import read_tensors
+from copernicus.models.zoo import ZOO
 
 
 def read_checkpoint(source: str | Path) -> dict[str, Any] | None:
@@ -24,8 +28,21 @@ def read_checkpoint(source: str | Path) -> dict[str, Any] | None:
         if path.suffix != ".pt":
             return None
         saved = read_tensors(path, mmap=True)
-    ours = isinstance(saved, dict) and isinstance(saved.get("architecture"), dict)
-    return saved if ours else None
+    if not isinstance(saved, dict) or not isinstance(saved.get("architecture"), dict):
+        return None
+    sizes = dict(saved["architecture"])
+    language = saved.get("language", {})
+    if (
+        sizes.pop("name", None) not in ZOO
+        or not all(isinstance(k, str) and isinstance(v, int) for k, v in sizes.items())
+        or not isinstance(saved.get("model"), dict)
+        or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in saved["model"].items())
+        or not isinstance(language, dict)
+    ):
+        raise InputError(
+            f"checkpoint {source}: does not say which model of the zoo it is of; it is damaged, or not ours"
+        )
+    return saved
 
 
 def architecture(source: str | Path) -> tuple[str, dict[str, int]] | None:

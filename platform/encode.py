@@ -110,7 +110,8 @@ def encode_image(
     windows = [w for w in everything if np.isfinite(image.array_CHW[(slice(None), *w.slices)]).any()]
     # Pretraining gives every elevation model one date, and so is an undated one here.
     days = DEM_DAYS if sensor.name == "dem" and math.isnan(image.days) else image.days
-    device = next(model.parameters()).device
+    weight = next(iter(model.parameters()), None)
+    device = torch.device("cpu") if weight is None else weight.device
     rows: list[list[float]] = []
     embeddings: list[np.ndarray] = []
     tokens: list[np.ndarray] = []
@@ -127,7 +128,12 @@ def encode_image(
         metadata_B4 = torch.tensor(metadata, dtype=torch.float64)
         with torch.inference_mode():
             x_BCHW = x_BCHW.to(device)
-            embeddings.append(model.encode(x_BCHW, sensor, metadata_B4).float().cpu().numpy())
+            z_BD = model.encode(x_BCHW, sensor, metadata_B4).float().cpu().numpy()
+            if z_BD.ndim != 2 or len(z_BD) != len(batch):
+                raise InputError(f"the encoder answers {z_BD.shape} to {len(batch)} images; features are (B, D)")
+            if not np.isfinite(z_BD).all():
+                raise InputError(f"{image.path.name}: the encoder's features are not finite; its weights are not sound")
+            embeddings.append(z_BD)
             last_BDhw = model.encode_dense(x_BCHW, sensor, metadata_B4)[-1]
             blank_BDhw = model.encode_dense(torch.full_like(x_BCHW, torch.nan), sensor, metadata_B4)[-1]
         content_BDhw = (last_BDhw - blank_BDhw).float().cpu()

@@ -32,6 +32,7 @@ from omegaconf.errors import (
 from copernicus.datasets.baseline import POLICIES
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
+from copernicus.models.blocks import check_sizes
 from copernicus.models.language import LANGUAGE_SUFFIXES
 from copernicus.models.sources import is_remote
 from copernicus.models.zoo import ENCODERS, ZOO, check_encoder
@@ -371,6 +372,8 @@ def _validate(e: Experiment, source: str) -> None:
             raise wrong(path, f"use letters, digits, '.', '_' and '-' only, it is {value!r}")
 
     plain("name", e.name)
+    if e.seed < 0:
+        raise wrong("seed", f"must be at least 0, it is {e.seed}")
     sections = {"pretrain": e.pretrain, "sweep": e.sweep}
     for section in SECTIONS[e.kind]:
         if sections[section] is None:
@@ -402,6 +405,16 @@ def _validate(e: Experiment, source: str) -> None:
             choice(f"{path}.name", value.name, names)
         for key, number in value.overrides().items():
             positive(f"{path}.{key}", number)
+        if value.name in ZOO:
+            shape = {**ZOO[value.name][1], **value.overrides()}
+            try:
+                check_sizes(shape["embed_dim"], shape["num_heads"], shape["depth"])
+                if names is not ENCODERS:  # pretrained with a decoder, of the published sizes if the YAML says nothing
+                    decoder = {"embed_dim": 512, "num_heads": 16, "depth": 8}
+                    decoder |= {k: v for k in decoder if (v := getattr(value, f"decoder_{k}")) is not None}
+                    check_sizes(decoder["embed_dim"], decoder["num_heads"], decoder["depth"], "decoder_")
+            except InputError as error:
+                raise wrong(path, str(error)) from None
 
     if (p := e.pretrain) is not None:
         if not p.shards and not p.geotiffs:
@@ -446,6 +459,8 @@ def _validate(e: Experiment, source: str) -> None:
             positive(f"pretrain.{key}", getattr(p, key))
         for key in ("warmup_epochs", "weight_decay", "gpus_per_worker", "min_lr", "max_failures"):
             positive(f"pretrain.{key}", getattr(p, key), zero=True)
+        if p.mask_ratio == 0:
+            raise wrong("pretrain.mask_ratio", "0 hides nothing; it lies between 0 and 1")
         for key in ("mask_ratio", "metadata_drop", "val_fraction"):
             fraction(f"pretrain.{key}", getattr(p, key))
         if not 0 <= p.max_skipped <= 1:
@@ -500,6 +515,8 @@ def _validate(e: Experiment, source: str) -> None:
                 except InputError as error:
                     raise wrong(here, f"task {task}: {error}") from None
             language(f"{here}.language", encoder.language)
+            if encoder.seed < 0:
+                raise wrong(f"{here}.seed", f"must be at least 0, it is {encoder.seed}")
             if encoder.weights == "pretrain":
                 if e.pretrain is None or e.kind == "sweep":
                     raise wrong(f"{here}.weights", "this experiment pretrains nothing; give a file, hf://... or none")

@@ -7,6 +7,7 @@ has no ``norm``. So the norm is a choice (``pool``), and what each choice suits 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from copernicus.datasets.sensors import InputError
 from copernicus.models.masked_autoencoder import DECODER_PREFIXES
 from copernicus.models.sources import file_digest
-from copernicus.models.zoo import ZOO
+from copernicus.models.zoo import ZOO, create_model
 from copernicus.platform.checkpoint import read_checkpoint
 
 SUFFIXES = (".pth", ".safetensors")
@@ -108,6 +109,7 @@ def export(
     name = given.pop("name")
     shape = ZOO[name][1] | given
     sizes = {key: int(shape[key]) for key in ("embed_dim", "depth", "num_heads")}
+    _check(saved["model"], name, given, checkpoint)
     metadata = {
         "format": "pt",
         "architecture": name,
@@ -121,6 +123,20 @@ def export(
     digest = _write(out, state, metadata)
     parameters = sum(value.numel() for value in state.values())
     return Export(out, name, sizes, part, chosen, len(state), parameters, out.stat().st_size, digest)
+
+
+def _check(state: dict[str, Tensor], name: str, given: dict[str, int], checkpoint: str | Path) -> None:
+    """Refuse an encoder that is not the one which its checkpoint states."""
+    if f"{name}_mae" not in ZOO:
+        raise InputError(f"{checkpoint}: says it is of {name}, which `copernicus run` does not pretrain; it is damaged")
+    expected = create_model(name, global_pool=False, **given).state_dict()
+    found = published_state(state, "encoder", "token")
+    for key in [*expected, *found]:
+        shapes = [list(tensors[key].shape) if key in tensors else "nothing" for tensors in (expected, found)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{checkpoint}: says it is of {name} {given or ''}, whose {key} is {shapes[0]}, but holds {shapes[1]}"
+            )
 
 
 def _write(out: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -150,7 +166,12 @@ def export_command(checkpoint: str, out: Path, part: str, pool: str | None, forc
     Raises:
         InputError, OSError: see `export`.
     """
-    done = export(checkpoint, out, part, pool, force)
+    try:
+        done = export(checkpoint, out, part, pool, force)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # said with how to go on
+        raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from error
     table = Table(title=f"Exported from {checkpoint}", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -362,7 +362,8 @@ def pretrain(
         except ray.train.TrainingFailedError as error:
             raise PretrainFailed(f"workers failed more than pretrain.max_failures times: {_cause(error)}") from error
     if (reason := ray.get(mailbox.reason.remote())) is not None:
-        raise PretrainFailed(reason)
+        # What only the workers' hardware or files could tell is the user's to set all the same.
+        raise (InputError if reason.startswith("pretrain.") else PretrainFailed)(reason)
     if result.checkpoint is None:
         raise PretrainFailed("training ended without a checkpoint")
     checkpoint = Path(result.checkpoint.path) / CHECKPOINT_FILE

@@ -99,6 +99,13 @@ def cells_language(settings: Sweep, plan: list[Cell]) -> tuple[dict[str, str], l
     return described, warnings
 
 
+def resolved(name: str, sizes: dict[str, int]) -> tuple[str, dict[str, Any]]:
+    """A model with all its sizes, those that its name gives among them."""
+    from copernicus.models.zoo import ZOO
+
+    return name, {**(ZOO[name][1] if name in ZOO else {}), **sizes}
+
+
 def build_encoder(cell: Cell) -> Any:
     """The cell's encoder, frozen; those of the zoo pool their patch tokens."""
     from copernicus.models.weights import load_weights
@@ -107,7 +114,7 @@ def build_encoder(cell: Cell) -> Any:
     sizes = cell.model.encoder_overrides()
     # Shapes do not tell the number of heads: a checkpoint of ours says what it is.
     known = None if cell.weights == "none" else architecture(cell.weights)
-    if known is not None and known != (cell.model.name, sizes):
+    if known is not None and resolved(*known) != resolved(cell.model.name, sizes):
         raise InputError(
             f"encoder {cell.name}: {cell.weights} is of {known[0]} {known[1]}, not {cell.model.name} {sizes}"
         )

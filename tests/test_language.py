@@ -108,7 +108,11 @@ def test_warnings_name_stand_ins_and_other_embeddings():
 
 def test_a_load_tells_of_other_embeddings(tmp_path):
     table = LanguageTable({n: torch.from_numpy(v) for n, v in VECTORS.items()})
-    state = {"model": model(1).state_dict(), "architecture": {"name": "x"}, "language": table.digests(NAMES)}
+    state = {
+        "model": model(1).state_dict(),
+        "architecture": {"name": "copernicus_fm_small"},
+        "language": table.digests(NAMES),
+    }
     torch.save(state, tmp_path / "c.pt")
     assert trained_language(tmp_path / "c.pt") == table.digests(NAMES)
     assert load_weights(model(language=table), tmp_path / "c.pt").other_language == ()
@@ -128,7 +132,7 @@ def test_encoding_with_others_warns_and_is_recorded(tmp_path):
         file.write(np.random.default_rng(0).normal(0.15, 0.01, (1, 28, 28)).astype("float32"))
     words = write(tmp_path / "words.npz", VECTORS)
     table = LanguageTable.load(words)
-    state = {"model": model(1, image_size=224).state_dict(), "architecture": {"name": "x"}}
+    state = {"model": model(1, image_size=224).state_dict(), "architecture": {"name": "copernicus_fm_small"}}
     torch.save({**state, "language": table.digests(NAMES)}, tmp_path / "c.pt")
     weights = str(tmp_path / "c.pt")
     assert TINY == {"embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -146,7 +150,14 @@ def test_a_sweep_s_cells_take_pretraining_s_embeddings_and_say_what_they_use(tmp
     words = str(write(tmp_path / "words.json", VECTORS))
     sweep = Sweep(data="x", tasks=["aq_no2_s5p", "eurosat_s2"], encoders={
         "ours": Encoder(weights="pretrain"), "random": Encoder(model=TINY_MODEL)})  # fmt: skip
-    torch.save({"architecture": {"name": "x"}, "language": LanguageTable.load(words).digests(NAMES)}, tmp_path / "c.pt")
+    torch.save(
+        {
+            "model": {},
+            "architecture": {"name": "copernicus_fm_small"},
+            "language": LanguageTable.load(words).digests(NAMES),
+        },
+        tmp_path / "c.pt",
+    )
     plans = cells(sweep, Pretrain(shards=["x"], model=TINY_MODEL, language=words), tmp_path / "c.pt")
     assert [c.language for c in plans] == [words, None, words, None]
     described, warnings = cells_language(sweep, plans)
