@@ -13,9 +13,10 @@ from torch import Tensor
 
 from copernicus.datasets.sensors import Sensor
 from copernicus.models.encoder import check_takes
-from copernicus.models.hypernetwork import CODE_DIM, GENERATED_KERNEL, SpectralPatchEmbed
+from copernicus.models.hypernetwork import CODE_DIM, SpectralPatchEmbed
 from copernicus.models.patch_embed import embed_patches
 from copernicus.models.patches import cut_patches, take_patches, token_grid
+from copernicus.models.resize import GENERATED_KERNEL
 from copernicus.models.trunk import Trunk
 
 MICROWAVE_NM = 1e6
@@ -90,6 +91,6 @@ class DOFA(Trunk):
         """
         check_takes("DOFA", self, sensor)
         grid = token_grid(x_BCHW.shape[2], x_BCHW.shape[3], GENERATED_KERNEL)
-        (kernel,) = self.patch_embed([sensor])
+        (kernel,) = self.patch_embed.fitted([sensor], [GENERATED_KERNEL])
         patches_BLCQ = take_patches(cut_patches(x_BCHW, GENERATED_KERNEL, shift=1), None)
         return embed_patches(patches_BLCQ, kernel, GENERATED_KERNEL).transpose(1, 2).unflatten(2, grid)

@@ -6,6 +6,7 @@ kernel, N tokens of several sequences in one row, X = 3 K.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from copernicus.datasets.sensors import InputError, Sensor
 from copernicus.models.attention import attend
+from copernicus.models.derived import Derived
 from copernicus.models.fourier import BANDWIDTH_NM, WAVELENGTH_NM, fourier_expansion
 from copernicus.models.language import LANGUAGE_DIM, LanguageTable
+from copernicus.models.resize import GENERATED_KERNEL, resize_kernel
 
 CODE_DIM = 128
-GENERATED_KERNEL = 16
 
 
 class ResidualBlock(nn.Module):
@@ -82,6 +84,15 @@ class Kernel:
     bias_D: Tensor
 
 
+def fit_kernel(kernel: Kernel, patch_kernel: int) -> Kernel:
+    """The kernel for patches of k x k pixels: resized where that is the cheaper way round (see the top)."""
+    if patch_kernel >= GENERATED_KERNEL:
+        return kernel
+    generated = (GENERATED_KERNEL, GENERATED_KERNEL)
+    weight_CQD = resize_kernel(kernel.weight_CPD, generated, (patch_kernel, patch_kernel))
+    return dataclasses.replace(kernel, weight_CPD=weight_CQD)
+
+
 @functools.lru_cache(maxsize=4096)
 @torch.inference_mode(False)
 def _band_code(wavelength_nm: float, bandwidth_nm: float, device: torch.device) -> Tensor:
@@ -97,14 +108,38 @@ class SpectralPatchEmbed(nn.Module):
         super().__init__()
         self.weight_generator = WeightGenerator(dim)
         self.fclayer = ResidualBlock(CODE_DIM)
+        self._kept = Derived(sampled=True)
 
     def descriptions(self, sensor: Sensor) -> Tensor:
         """Fourier codes of the bands: (C, K), before the residual block."""
         device, bands = self.fclayer.w1.weight.device, zip(sensor.wavelengths_nm, sensor.bandwidths_nm, strict=True)
         return torch.stack([_band_code(*band, device) for band in bands])
 
+    def sources(self, sensor: Sensor) -> list[Tensor]:
+        """All that a sensor's kernels follow from."""
+        return list(self.parameters())
+
+    def fitted(self, sensors: Sequence[Sensor], patch_kernels: Sequence[int]) -> list[Kernel]:
+        """The kernels of each sensor, fitted to its patches.
+
+        Where no gradients can reach them they are kept for the next batch, until a weight changes. A pass from which
+        gradients may come forgets them, for not every optimiser says that it writes.
+        """
+        wanted = list(zip(sensors, patch_kernels, strict=True))
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            self._kept.clear()
+            return [fit_kernel(kernel, size) for kernel, size in zip(self(sensors), patch_kernels, strict=True)]
+        device = self.fclayer.w1.weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return [
+            self._kept.get((s, k, dtype), self.sources(s), functools.partial(self._fitted_one, s, k)) for s, k in wanted
+        ]
+
+    def _fitted_one(self, sensor: Sensor, patch_kernel: int) -> Kernel:
+        return fit_kernel(self([sensor])[0], patch_kernel)
+
     def forward(self, sensors: Sequence[Sensor]) -> list[Kernel]:
-        """The kernels of each sensor."""
+        """The kernels of each sensor, made anew."""
         described = torch.cat([self.descriptions(sensor) for sensor in sensors])
         codes = self.fclayer(described).split([sensor.channels for sensor in sensors])
         made = self.weight_generator(codes)
@@ -119,6 +154,9 @@ class VariablePatchEmbed(SpectralPatchEmbed):
         super().__init__(dim)
         self.language = language
         self.language_proj = nn.Linear(LANGUAGE_DIM, CODE_DIM)
+
+    def sources(self, sensor: Sensor) -> list[Tensor]:
+        return [*super().sources(sensor), self.language.vector(sensor.variable)]
 
     def descriptions(self, sensor: Sensor) -> Tensor:
         """The projected embedding of the variable's name: (1, K)."""

@@ -10,49 +10,15 @@ P = 16*16 pixels of a generated kernel, N = B*X, V = C*Q or C*P values of a patc
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from copernicus.models.hypernetwork import GENERATED_KERNEL, Kernel
+from copernicus.models.hypernetwork import Kernel
+from copernicus.models.resize import GENERATED_KERNEL, kernel_resize_matrix, resize_kernel
 
 KERNEL_SCALE = 0.01
 """Factor on generated weights and biases, which keeps them small against what the generator puts out."""
-
-
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)  # a tensor made in inference mode could not serve training later
-def kernel_resize_matrix(size_from: tuple[int, int], size_to: tuple[int, int], device: str = "cpu") -> Tensor:
-    """The matrix that turns a flattened kernel of one size into that of another: (to_p*to_q, from_p*from_q) float32.
-
-    FlexiViT's pseudo-inverse resize (arXiv 2212.08013, section 3.4): patches resized by bicubic interpolation, times
-    the resized kernel, give what the original patches gave with the original kernel, as nearly as possible.
-    """
-    if device != "cpu":
-        return kernel_resize_matrix(size_from, size_to).to(device)
-    p, q = size_from
-    units = torch.eye(p * q, dtype=torch.float64).reshape(p * q, 1, p, q)
-    resized = F.interpolate(units, size=size_to, mode="bicubic", antialias=True, align_corners=False)
-    return torch.linalg.pinv(resized.reshape(p * q, -1)).float()
-
-
-def resize_kernel(kernel_CPD: Tensor, size_from: tuple[int, int], size_to: tuple[int, int]) -> Tensor:
-    """Resize flattened kernels (C, from_p*from_q, D) -> (C, to_p*to_q, D); the same tensor where sizes agree."""
-    if size_from == size_to:
-        return kernel_CPD
-    return kernel_resize_matrix(size_from, size_to, str(kernel_CPD.device)) @ kernel_CPD
-
-
-def fit_kernel(kernel: Kernel, patch_kernel: int) -> Kernel:
-    """The kernel for patches of k x k pixels: resized where that is the cheaper way round (see the top)."""
-    if patch_kernel >= GENERATED_KERNEL:
-        return kernel
-    generated = (GENERATED_KERNEL, GENERATED_KERNEL)
-    weight_CQD = resize_kernel(kernel.weight_CPD, generated, (patch_kernel, patch_kernel))
-    return dataclasses.replace(kernel, weight_CPD=weight_CQD)
 
 
 def embed_patches(patches_BXCQ: Tensor, kernel: Kernel, patch_kernel: int) -> Tensor:

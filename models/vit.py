@@ -7,7 +7,6 @@ or the ones that masking keeps), T = 1 + X tokens, N the tokens of several batch
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from copernicus.models.hypernetwork import Kernel, SpectralPatchEmbed, VariableP
 from copernicus.models.initialise import initialise
 from copernicus.models.language import LanguageTable
 from copernicus.models.metadata import check_metadata, embed_metadata
-from copernicus.models.patch_embed import embed_patches, fit_kernel
+from copernicus.models.patch_embed import embed_patches
 from copernicus.models.patches import check_whole, cut_patches, take_patches, token_grid
 from copernicus.models.position import fixed_positions, sincos_table
 
@@ -122,7 +121,7 @@ class CopernicusFMViT(nn.Module):
         self.cartesian = cartesian
         self.recompute = False
         """True: activation checkpointing; blocks are computed again in the backward pass, for less memory."""
-        self._kernels, self._positions = Derived(sampled=True), Derived()
+        self._positions = Derived()
         grid = image_size // patch_size
         with torch.device("meta"):  # layers fill themselves from the global random state; initialise() does not
             self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -168,35 +167,14 @@ class CopernicusFMViT(nn.Module):
                 module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
 
     def kernels(self, views: Sequence[View]) -> list[Kernel]:
-        """The patch kernels of each view's sensor, fitted to its patches.
-
-        Where no gradients can reach them they are kept for the next batch, until a weight changes. A pass from which
-        gradients may come forgets them, for not every optimiser says that it writes.
-        """
-        embeds = (self.patch_embed_spectral, self.patch_embed_variable)
-        if torch.is_grad_enabled() and any(p.requires_grad for embed in embeds for p in embed.parameters()):
-            self._kernels.clear()
-            return self._generate(views)
-        kernels = []
-        for view in views:
-            autocast = torch.is_autocast_enabled(self.cls_token.device.type)
-            key = (view.sensor, view.patch_kernel, autocast and torch.get_autocast_dtype(self.cls_token.device.type))
-            sources: list[Tensor] = list(embeds[not view.sensor.spectral].parameters())
-            if not view.sensor.spectral:
-                sources.append(self.language.vector(view.sensor.variable))
-            kernels.append(self._kernels.get(key, sources, functools.partial(self._generate_one, view)))
-        return kernels
-
-    def _generate_one(self, view: View) -> Kernel:
-        return self._generate([view])[0]
-
-    def _generate(self, views: Sequence[View]) -> list[Kernel]:
+        """The patch kernels of each view's sensor, fitted to its patches."""
         made: dict[int, Kernel] = {}
         for spectral, embed in ((True, self.patch_embed_spectral), (False, self.patch_embed_variable)):
             mine = [i for i, view in enumerate(views) if view.sensor.spectral == spectral]
             if mine:
-                made |= zip(mine, embed([views[i].sensor for i in mine]), strict=True)
-        return [fit_kernel(made[i], view.patch_kernel) for i, view in enumerate(views)]
+                fitted = embed.fitted([views[i].sensor for i in mine], [views[i].patch_kernel for i in mine])
+                made |= zip(mine, fitted, strict=True)
+        return [made[i] for i in range(len(views))]
 
     def patch_tokens(self, views: Sequence[View], kernels: Sequence[Kernel]) -> list[Tensor]:
         """The tokens (B, X, D) of each view's patches, before positions and metadata."""

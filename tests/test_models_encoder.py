@@ -14,8 +14,9 @@ from copernicus.datasets.sensors import SENSORS, InputError, Sensor
 from copernicus.models.blocks import default_levels
 from copernicus.models.fourier import fourier_expansion
 from copernicus.models.language import LanguageTable
-from copernicus.models.patch_embed import KERNEL_SCALE, kernel_resize_matrix, resize_kernel
+from copernicus.models.patch_embed import KERNEL_SCALE
 from copernicus.models.position import resize_table, sincos_table
+from copernicus.models.resize import kernel_resize_matrix, resize_kernel
 from copernicus.models.vit import CopernicusFMViT, look
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -168,11 +168,12 @@ def test_derived_values_do_not_pile_up():
     assert derived.get(3 * Derived.LIMIT - 1, [parameter], lambda: None) == 3 * Derived.LIMIT - 1
 
 
-def test_kernels_follow_weights_that_are_written_without_counting():
+@pytest.mark.parametrize("name", ["copernicus_fm_small", "dofa_small"])
+def test_kernels_follow_weights_that_are_written_without_counting(name):
     """An average of weights, kept through ``.data``; and a fused step between two encodings without a pass of its own."""
     sensor, image = SENSORS["s1_grd"], torch.ones(1, 2, 64, 64)
     for write in ("data", "fused"):
-        model = create_model("copernicus_fm_small", **TINY).eval()
+        model = create_model(name, **TINY).eval()
         if write == "fused":
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
             model.encode(image, sensor)[:, 0].sum().backward()
@@ -183,6 +184,6 @@ def test_kernels_follow_weights_that_are_written_without_counting():
             else:
                 for parameter in model.parameters():
                     parameter.data.mul_(0.5)
-            fresh = create_model("copernicus_fm_small", **TINY).eval()
+            fresh = create_model(name, **TINY).eval()
             fresh.load_state_dict(model.state_dict())
             assert torch.equal(model.encode(image, sensor), fresh.encode(image, sensor))

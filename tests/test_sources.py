@@ -117,11 +117,16 @@ def test_what_the_hub_does_not_have_or_does_not_give_is_told_apart(hub, tmp_path
         assert message in ask(source, hub.endpoint, tmp_path)[0]
 
 
-def test_offline_says_what_to_do(tmp_path):
+@pytest.mark.slow  # the hub's client tries for twenty seconds
+def test_a_hub_that_is_not_there_is_said_with_what_to_do(tmp_path):
     dead = closed_port()
     said, _ = ask("hf://own/model/w.pth", dead, tmp_path)
     for part in ("cannot be reached", "HF_ENDPOINT", "HF_HOME", f"{dead}/own/model/resolve/main/w.pth", str(tmp_path)):
         assert part in said
+
+
+def test_offline_says_what_to_do(tmp_path):
+    dead = closed_port()
     said, _ = ask("hf://own/model/w.pth", dead, tmp_path, HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set" in said
 
