@@ -22,7 +22,6 @@ from copernicus.models.distillation import distillation_loss
 from copernicus.models.teacher import load_teacher
 from copernicus.platform.experiment import Distill
 from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, freeze_unreached
-from copernicus.platform.pretrain import PretrainFailed
 from copernicus.platform.session import ray_session
 from copernicus.platform.to_device import tensors
 
@@ -206,5 +205,5 @@ def test_a_killed_run_ends_with_the_same_bits_and_another_teacher_is_refused(ray
 
     save_dinov2(ours, seed=1)
     longer = dataclasses.replace(chosen, epochs=5)
-    with pytest.raises(PretrainFailed, match="files differ between nodes, or from those this run began with"):
+    with pytest.raises(InputError, match="files differ between nodes, or from those this run began with"):
         run(longer, tmp_path / "whole")
