@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], None]  # split, samples done, samples in al
 class SplitFeatures:
     """One split: ``levels`` holds (F, N, D) once, or (F, N, D, h, w) per level of a dense task.
 
-    Targets are those of the unflipped images: (N,) int64, (N, H, W) int16 class ids or float32.
+    Targets are those of the unflipped images: (N,) or (N, K) int64, (N, H, W) int16 class ids or float32.
     """
 
     levels: tuple[np.ndarray, ...]
@@ -60,6 +60,21 @@ class SplitFeatures:
     @property
     def flips(self) -> int:
         return self.levels[0].shape[0]
+
+    def load(
+        self, index: np.ndarray, flips: np.ndarray, device: str | torch.device = "cpu"
+    ) -> tuple[list[Tensor], Tensor]:
+        """Some samples, each in the flip of that number: float32 levels, and targets flipped alike.
+
+        Returns:
+            [(B, D)], or (B, D, h, w) per level; and the targets, (B,) or (B, K) int64, (B, H, W) int64 or float32.
+        """
+        levels = [torch.from_numpy(level[flips, index]).to(device).float() for level in self.levels]
+        target = torch.from_numpy(self.targets[index])
+        if target.ndim == 3 and flips.any():
+            target = torch.stack([one.flip(FLIPS[flip]) for one, flip in zip(target, flips, strict=True)])
+        target = target if target.is_floating_point() else target.long()
+        return levels, target.to(device)
 
 
 @dataclass(frozen=True)

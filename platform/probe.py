@@ -31,7 +31,7 @@ from copernicus.datasets.bench.task import Task
 from copernicus.datasets.order import generator
 from copernicus.datasets.sensors import InputError
 from copernicus.models.heads import DenseHead, LinearHead
-from copernicus.platform.features import FLIPS, SplitFeatures, TaskFeatures
+from copernicus.platform.features import SplitFeatures, TaskFeatures
 
 logger = logging.getLogger(__name__)
 Report = Callable[[int, dict[str, float]], None]
@@ -182,7 +182,7 @@ def evaluate(
     with torch.inference_mode():
         for start in range(0, len(split), batch_size):
             index = np.arange(start, min(start + batch_size, len(split)))
-            levels, target = _load(split, index, np.zeros_like(index), device)
+            levels, target = split.load(index, np.zeros_like(index), device)
             output = predict(head, levels, target, task)
             loss, known = loss_and_count(output, target, task)
             evaluated += len(index)
@@ -263,7 +263,7 @@ def _train_epoch(
     total = 0.0
     head.train()
     for index in _batches(order, settings.batch_size):
-        levels, target = _load(train, index, flips_N[index], device)
+        levels, target = train.load(index, flips_N[index], device)
         loss, _ = loss_and_count(predict(head, levels, target, task), target, task)
         optimiser.zero_grad()
         loss.backward()
@@ -280,15 +280,3 @@ def _batches(order: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
         starts.pop()
     for number, start in enumerate(starts):
         yield order[start : starts[number + 1] if number + 1 < len(starts) else len(order)]
-
-
-def _load(
-    split: SplitFeatures, index: np.ndarray, flips: np.ndarray, device: str | torch.device
-) -> tuple[list[Tensor], Tensor]:
-    """Features of some samples in the given flips, float32, and targets flipped alike."""
-    levels = [torch.from_numpy(level[flips, index]).to(device).float() for level in split.levels]
-    target = torch.from_numpy(split.targets[index])
-    if target.ndim == 3 and flips.any():
-        target = torch.stack([one.flip(FLIPS[flip]) for one, flip in zip(target, flips, strict=True)])
-    target = target if target.is_floating_point() else target.long()
-    return levels, target.to(device)
