@@ -123,7 +123,7 @@ class Run:
     def tags(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag
 
-        tags = [RunTag(key[:MAX_NAME], clean_text(value, MAX_TAG)) for key, value in values.items()]
+        tags = [RunTag(clean_name(key), clean_text(value, MAX_TAG)) for key, value in values.items()]
         self.tracker.patiently(lambda: self.tracker.client.log_batch(self.id, tags=tags))
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
@@ -297,7 +297,7 @@ class Creation:
         if parent is not None:
             all_tags[PARENT_TAG] = parent
         self.tracker, self.name, self.start_ms, self.begun = tracker, name, start_ms, begun
-        self.tags = {k[:MAX_NAME]: clean_text(v, MAX_TAG) for k, v in all_tags.items()}
+        self.tags = {clean_name(k): clean_text(v, MAX_TAG) for k, v in all_tags.items()}
 
     def __call__(self) -> str:
         """The run's id."""
