@@ -372,7 +372,7 @@ def test_a_deleted_experiment_is_said_at_once_and_its_records_kept(tracker, tmp_
     assert len(said) == 1
     assert "was deleted; restore it" in said[0]
     client.restore_experiment(tracker.experiment_id)
-    with Spool(tracker, tmp_path) as spool:
+    with Spool(tracker, tmp_path):
         pass
     check(client, tracker.experiment_id, range(2))
 
