@@ -151,12 +151,14 @@ class Run:
 
     def _end_now(self, status: str, tags: Mapping[str, str]) -> None:
         """On the way out: nobody waits for a store that does not answer, and what happened is raised all the same."""
-        self.tracker.patience = 0.0
+        patience, self.tracker.patience = self.tracker.patience, 0.0
         try:
             self.tags(tags)
             self.end(status)
         except store_errors() as error:
             logger.warning("MLflow's run %s could not be marked %s: %s", self.id, status, one_line(error))
+        finally:
+            self.tracker.patience = patience
 
 
 def as_metrics(rows: Sequence[tuple[int, Mapping[str, float]]], at_ms: int) -> list[Any]:
