@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import sys
 from pathlib import Path
@@ -79,20 +78,42 @@ def check(
 @app.command()
 def leaderboard(
     folders: Annotated[
-        list[Path], typer.Argument(help="Folders of finished sweeps, such as runs/quickstart-1a2b3c4d.")
-    ],
+        list[Path] | None, typer.Argument(help="Folders of finished sweeps, such as runs/quickstart-1a2b3c4d.")
+    ] = None,
+    mlflow: Annotated[str | None, typer.Option(help="Rebuild it from this MLflow store or server instead.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="MLflow: the experiment (else all are searched).")] = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="MLflow: name or id of a sweep; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write it to: HTML, Markdown, CSV, JSON, PNG.")] = None,
 ) -> None:
-    """Print the leaderboard of finished sweeps, together where several are given."""
-    from copernicus.platform.leaderboard import Leaderboard
-    from copernicus.platform.run import read_leaderboard
+    """Print the leaderboard of sweeps, together where several are given; from their folders, or from MLflow alone."""
+    from copernicus.datasets.sensors import InputError
+    from copernicus.platform.board_files import read_leaderboard, write_leaderboard
+    from copernicus.platform.leaderboard import join
+    from copernicus.platform.tables import terminal
 
-    scores = tuple(
-        # Encoders of one name in two experiments are two encoders.
-        dataclasses.replace(score, encoder=f"{folder.name}/{score.encoder}") if len(folders) > 1 else score
-        for folder in folders
-        for score in read_leaderboard(folder).scores
-    )
-    console().print(Leaderboard(scores).table())
+    if bool(folders) == bool(mlflow):
+        raise InputError("leaderboard: give folders of sweeps, or --mlflow with the URI of a store")
+    if mlflow:
+        from copernicus.platform.tracking_read import read_mlflow
+
+        title, board = read_mlflow(mlflow, experiment, sweep or [])
+    else:
+        assert folders
+        for option, value in (("experiment", experiment), ("sweep", sweep)):
+            if value:
+                raise InputError(f"--{option} chooses among what --mlflow names; folders are given as they are")
+        # By name as long as that tells them apart.
+        paths = {str(folder): folder for folder in folders}
+        names = {folder.absolute().name for folder in paths.values()}
+        short = len(names) == len(paths)
+        boards = {folder.absolute().name if short else name: read_leaderboard(folder) for name, folder in paths.items()}
+        title, board = " + ".join(boards), join(boards)
+    screen = console()
+    for shown in terminal(board):
+        screen.print(shown)
+    if out is not None:
+        files = write_leaderboard(board, out, title)
+        screen.print(f"Written to {out}: {', '.join(f.name for f in files)}", highlight=False, markup=False)
 
 
 @app.command()

@@ -6,8 +6,8 @@ State lies in the experiment's folder (`Experiment.folder`): the same YAML finds
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -23,11 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import InputError
+from copernicus.platform.board_files import read_leaderboard, write_leaderboard
 from copernicus.platform.experiment import Experiment, Miniature, Pretrain, Sweep
 from copernicus.platform.language import language_warning, variables
-from copernicus.platform.leaderboard import Leaderboard
+from copernicus.platform.leaderboard import plan_cells
 from copernicus.platform.session import ray_session
+from copernicus.platform.tables import terminal
 from copernicus.platform.tracking import Run, Tracker, git_commit, mask
+from copernicus.platform.tracking_read import failures_tag
 
 MOST_SHOWN = 20
 
@@ -321,7 +324,13 @@ def _sweep(
             update(min(done, total), total, f"{cell.task} / {cell.name}: {stage}")
 
         leaderboard, failed = sweep(settings, plan, experiment.seed, experiment.folder / "sweep", on_trial, advance)
-        for file in write_leaderboard(leaderboard, experiment.folder):
+        seeds = [experiment.seed + 1 + i for i in range(settings.seeds)]
+        leaderboard = dataclasses.replace(
+            leaderboard,
+            planned=plan_cells(settings.tasks, list(settings.encoders), seeds),
+            failures={(c.task, c.name): failed[c.key] for c in plan if c.key in failed},
+        )
+        for file in write_leaderboard(leaderboard, experiment.folder, experiment.name):
             run.artifact(file)
             if not single:
                 parent.artifact(file)
@@ -333,7 +342,7 @@ def _sweep(
     for key, message in failed.items():
         console.print(f"  [red]failed[/] {key}: {message}")
     if failed:
-        run.tags({"failed_cells": ", ".join(failed)})
+        run.tags({"failed_cells": failures_tag(failed)})
     return failed
 
 
@@ -346,34 +355,6 @@ def _trials(settings: Sweep) -> int:
     return total
 
 
-def write_leaderboard(leaderboard: Leaderboard, folder: Path) -> list[Path]:
-    """leaderboard.json (every score), .md and .png."""
-    import dataclasses
-
-    write_atomically(
-        folder / "leaderboard.json", json.dumps([dataclasses.asdict(s) for s in leaderboard.scores], indent=1)
-    )
-    write_atomically(folder / "leaderboard.md", leaderboard.markdown())
-    return [folder / "leaderboard.json", folder / "leaderboard.md", leaderboard.picture(folder / "leaderboard.png")]
-
-
-def read_leaderboard(folder: Path) -> Leaderboard:
-    """The leaderboard that an experiment's folder holds.
-
-    Raises:
-        InputError: it holds none.
-    """
-    from copernicus.platform.leaderboard import Score
-
-    try:
-        rows = json.loads((folder / "leaderboard.json").read_text())
-        return Leaderboard(tuple(Score(**row) for row in rows if row["task"] in TASKS))
-    except (OSError, ValueError, TypeError, KeyError):
-        raise InputError(
-            f"no leaderboard in {folder}: give the folder of a finished sweep, such as runs/quickstart-*"
-        ) from None
-
-
 def _closing(
     experiment: Experiment, state: State, tracker: Tracker, console: Console, seconds: float | None = None
 ) -> None:
@@ -383,12 +364,8 @@ def _closing(
     if has_scores:
         leaderboard = read_leaderboard(folder)
         console.print()
-        console.print(leaderboard.table())
-        for a, b in itertools.permutations(leaderboard.encoders, 2):
-            if wins := leaderboard.wins(a, b):
-                console.print(
-                    f"{a} beats {b} on {wins} of {len(leaderboard.tasks)} tasks by more than either deviation."
-                )
+        for shown in terminal(leaderboard):
+            console.print(shown)
         compare = [s.run_id for s in leaderboard.scores]
     console.print()
     stages = state.get("seconds") or {}
@@ -398,7 +375,7 @@ def _closing(
     run = tracker.find(state.get("run_id"))
     lines = []
     if has_scores:
-        lines.append(("Leaderboard", f"{_short(folder / 'leaderboard.md')}, {_short(folder / 'leaderboard.png')}"))
+        lines.append(("Leaderboard", f"{_short(folder / 'leaderboard.html')}, .md, .csv, .png"))
     if (folder / "pictures").exists():
         lines.append(("Pictures", f"{_short(folder / 'pictures')}/"))
     if not tracker.uri.startswith("http"):
