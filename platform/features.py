@@ -10,13 +10,14 @@ Shapes: F flips, N samples, B batch, D feature width, h w token grid, H W label 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,7 +30,7 @@ from copernicus.datasets.bench.reader import TaskDataset
 from copernicus.datasets.bench.task import Preset, Task
 from copernicus.datasets.sensors import InputError
 from copernicus.models.encoder import Encoder
-from copernicus.platform.encode_split import Pool, Progress, Source, encode_split
+from copernicus.platform.encode_splits import Job, Pool, Progress, encode_splits
 from copernicus.platform.encoding import (
     FLIPS,
     PRECISIONS,
@@ -181,8 +182,7 @@ def encode_task(
         )
     cache = Path(cache).absolute()
     copies = {split: len(FLIPS) if flips and split == "train" else 1 for split in SPLITS}
-    sources = {split: Source(task, str(Path(folder).absolute()), split, preset, image_size) for split in SPLITS}
-    datasets = {split: source.open() for split, source in sources.items()}
+    datasets = {split: task.open(folder, split, preset, image_size) for split in SPLITS}
     live = {split: LiveSplit(encoder, datasets[split], copies[split], precision) for split in SPLITS}
     if keep == "live":
         return TaskFeatures(task.name, live)
@@ -193,23 +193,51 @@ def encode_task(
     }
     opened: dict[str, Opened] = {split: o for split, entry in entries.items() if (o := find(entry)) is not None}
     missing = [split for split in SPLITS if split not in opened]
-    needed = {split: _feature_bytes(task, live[split]) for split in missing}
-    limit = math.inf if cache_gb is None else cache_gb * 1e9
     if missing:
+        needed = {split: _feature_bytes(task, live[split]) for split in missing}
+        limit = math.inf if cache_gb is None else cache_gb * 1e9
         missing = _fitting(task, needed, opened, cache, limit, keep)
-    pool = Pool(workers, cpus_per_worker, gpus_per_worker)
-    for split in missing:
-        evict(cache, limit - needed[split])
-        with writing(entries[split]) as partial:
-            if partial is not None:
-                arguments = (copies[split], precision, batch_size, pool, progress)
-                encode_split(partial, encoder, sources[split], datasets[split], *arguments)
-        opened[split] = open_entry(entries[split])
-    if missing:
+        evict(cache, limit - sum(needed[split] for split in missing))
+        places = {split: entries[split] for split in missing}
+        jobs = {
+            split: Job(
+                "", task, str(Path(folder).absolute()), split, preset, image_size, copies[split], d.fingerprint()
+            )
+            for split, d in datasets.items()
+        }
+        pool = Pool(workers, cpus_per_worker, gpus_per_worker)
+        ids = {split: dataset.ids for split, dataset in datasets.items()}
+        _encode_into(places, jobs, ids, encoder, precision, batch_size, pool, progress)
+        opened |= {split: open_entry(entries[split]) for split in missing}
         evict(cache, limit)
     splits: dict[str, Split] = {s: _features(opened[s]) if s in opened else live[s] for s in SPLITS}
     folders = {split: entry for split, entry in entries.items() if split in opened}
     return TaskFeatures(task.name, splits, folders, not missing and len(folders) == len(SPLITS))
+
+
+def _encode_into(
+    places: Mapping[str, Path],
+    jobs: Mapping[str, Job],
+    ids: Mapping[str, Sequence[str]],
+    encoder: Encoder,
+    precision: Precision,
+    batch_size: int,
+    pool: Pool,
+    progress: Progress | None,
+) -> None:
+    """Make the entries that no other process makes meanwhile; each is in its place as soon as its split is done."""
+    with contextlib.ExitStack() as stack:
+        held: dict[str, contextlib.ExitStack] = {}
+        begun: list[Job] = []
+        for split, place in places.items():  # always in the same order: two processes never wait for each other
+            own = stack.enter_context(contextlib.ExitStack())
+            partial = own.enter_context(writing(place))
+            if partial is not None:
+                held[split] = own
+                begun.append(dataclasses.replace(jobs[split], folder=str(partial)))
+        names = [ids[job.split] for job in begun]
+        for number in encode_splits(encoder, begun, names, precision, batch_size, pool, progress):
+            held[begun[number].split].close()
 
 
 def load_features(entry: str | Path) -> SplitFeatures:

@@ -1,4 +1,4 @@
-"""Encoding a split into an entry of the feature store: batches of sample numbers, each read, encoded and written to its
+"""Encoding splits into entries of the feature store: batches of sample numbers, each read, encoded and written to its
 place by a pool of Ray Data actors, or by the same object in this process.
 
 What a batch holds is the same whoever encodes it, so the number of actors does not change a feature. Two calls at a time
@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -36,17 +37,39 @@ Progress = Callable[[str, int, int], None]  # split, samples done, samples in al
 
 
 @dataclass(frozen=True)
-class Source:
-    """A split, as any process can open it."""
+class Job:
+    """A split to encode into a folder of the store, as any process can open it.
 
-    task: Task
+    ``fingerprint``: of the split's files, where the job was begun; ``flips``: the first ones of ``FLIPS``.
+    """
+
     folder: str
+    task: Task
+    data: str
     split: str
     preset: Preset
     image_size: int | None
+    flips: int
+    fingerprint: str
 
     def open(self) -> TaskDataset:
-        return self.task.open(self.folder, self.split, self.preset, self.image_size)
+        """The samples, where data and store are as they were.
+
+        Raises:
+            InputError: they are not; on another node, most likely.
+        """
+        if not Path(self.folder).is_dir():
+            raise InputError(
+                f"the feature cache {Path(self.folder).parent.parent} is not seen on node {socket.gethostname()}; put "
+                f"sweep.cache on a folder that all nodes share"
+            )
+        dataset = self.task.open(self.data, self.split, self.preset, self.image_size)
+        if dataset.fingerprint() != self.fingerprint:
+            raise InputError(
+                f"{self.task.name}: the files of {dataset.root} on node {socket.gethostname()} have other sizes or times "
+                f"than where the sweep was begun; put sweep.data on a folder that all nodes share"
+            )
+        return dataset
 
 
 @dataclass(frozen=True)
@@ -76,33 +99,28 @@ class Pool:
 
 
 class BatchEncoder:
-    """Reads, encodes and writes batches of a split. Calls may come from several threads; the encoder serves one.
+    """Reads, encodes and writes batches of splits. Calls may come from several threads; the encoder serves one.
 
     Args:
         encoder: the encoder, or a Ray reference to it.
-        folder: of the entry that is being written.
-        fingerprint: of the split's files where the job was begun.
         device: where the encoder is put; None: it stays where it is.
+        threads: for torch to use; None: as many as it does.
     """
 
     def __init__(
         self,
         encoder: Any,
-        source: Source,
-        flips: int,
+        jobs: Sequence[Job],
         precision: Precision,
-        folder: str,
-        fingerprint: str,
         device: str | None = None,
         threads: int | None = None,
     ) -> None:
-        self.encoder, self.source, self.flips, self.precision = encoder, source, FLIPS[:flips], precision
-        self.folder, self.fingerprint, self.device, self.threads = Path(folder), fingerprint, device, threads
-        self._dataset: TaskDataset | None = None
+        self.encoder, self.jobs, self.precision, self.device, self.threads = encoder, jobs, precision, device, threads
+        self._datasets: dict[int, TaskDataset] = {}
         self._opening, self._encoding = threading.Lock(), threading.Lock()
 
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """Columns ``start`` and ``stop`` of batches -> column ``chunk``, a `Chunk` as JSON for each.
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Columns ``job``, ``start`` and ``stop`` of batches -> ``job`` and ``chunk``, a `Chunk` as JSON.
 
         Raises:
             InputError: files of the task, or the cache, are not here as they are where the job was begun.
@@ -111,104 +129,102 @@ class BatchEncoder:
         if self.threads is not None:
             # Ray gives a task one thread for each CPU that it asked for, and one with a share of one gets all.
             torch.set_num_threads(self.threads)
-        return {
-            "chunk": [self._batch(int(a), int(b)).to_json() for a, b in zip(rows["start"], rows["stop"], strict=True)]
-        }
+        batches = zip(rows["job"], rows["start"], rows["stop"], strict=True)
+        chunks = [self._encode(int(job), int(start), int(stop)).to_json() for job, start, stop in batches]
+        return {"job": list(rows["job"]), "chunk": chunks}
 
-    def _batch(self, start: int, stop: int) -> Chunk:
-        dataset = self._open()
+    def _encode(self, number: int, start: int, stop: int) -> Chunk:
+        dataset, job = self._open(number), self.jobs[number]
         task, batch = dataset.task, [dataset[i] for i in range(start, stop)]
         images, metadata = collate(batch)
         sensors, ids = task.sensors(dataset.preset), [sample["id"] for sample in batch]
         with self._encoding:
             flips = [
                 stored_features(self.encoder, task, flipped(images, axes), metadata, sensors, self.precision, ids)
-                for axes in self.flips
+                for axes in FLIPS[: job.flips]
             ]
         levels = [np.stack(level) for level in zip(*flips, strict=True)]
-        return Writer(self.folder, len(dataset)).write(start, levels, stored_targets(task, batch))
+        return Writer(Path(job.folder), len(dataset)).write(start, levels, stored_targets(task, batch))
 
-    def _open(self) -> TaskDataset:
+    def _open(self, number: int) -> TaskDataset:
         with self._opening:  # here and not when made: what is wrong is then said by a call, in whole
-            if self._dataset is None:
-                if not self.folder.is_dir():
-                    raise InputError(
-                        f"the feature cache {self.folder.parent.parent} is not seen {_here()}; "
-                        f"put sweep.cache on a folder that all nodes share"
-                    )
-                dataset = self.source.open()
-                if dataset.fingerprint() != self.fingerprint:
-                    raise InputError(
-                        f"{self.source.task.name}: the files of {dataset.root} {_here()} are not those where the sweep "
-                        f"was begun (sizes or times differ); put sweep.data on a folder that all nodes share"
-                    )
+            if number not in self._datasets:
+                self._datasets[number] = self.jobs[number].open()
                 if not isinstance(self.encoder, torch.nn.Module):
                     import ray
 
                     self.encoder = ray.get(self.encoder)
                 if self.device is not None:
                     self.encoder.to(self.device)
-                self._dataset = dataset
-            return self._dataset
+            return self._datasets[number]
 
 
-def encode_split(
-    folder: Path,
+def encode_splits(
     encoder: Encoder,
-    source: Source,
-    dataset: TaskDataset,
-    flips: int,
+    jobs: Sequence[Job],
+    ids: Sequence[Sequence[str]],
     precision: Precision,
     batch_size: int,
     pool: Pool,
     progress: Progress | None,
-) -> None:
-    """Encode a split into a folder of the store, going on from what an interrupted encoding left there.
+) -> Iterator[int]:
+    """Encode splits, going on from what an interrupted encoding left in their folders; yields the number of each job
+    when it is done.
+
+    Args:
+        ids: of the samples of each job.
 
     Raises:
         InputError: something is wrong with the task's files.
         ValueError: features are not finite.
     """
-    samples = len(dataset)
-    chunks = resume(folder, samples)
-    batches = missing(chunks, samples, batch_size)
-    settings = (source, flips, precision, str(folder), dataset.fingerprint())
+    chunks = [resume(Path(job.folder), len(names)) for job, names in zip(jobs, ids, strict=True)]
+    todo = [missing(kept, len(names), batch_size) for kept, names in zip(chunks, ids, strict=True)]
+    batches = [(number, start, stop) for number, ranges in enumerate(todo) for start, stop in ranges]
+    left = [len(ranges) for ranges in todo]
+    done = [sum(chunk.stop - chunk.start for chunk in kept) for kept in chunks]
+    for number, job in enumerate(jobs):
+        if left[number] == 0:
+            finish(Path(job.folder), chunks[number], ids[number])
+            yield number
+    if not batches:
+        return
     run = (
-        _with_ray(pool, encoder, settings, batches)
-        if pool.workers and batches
-        else _here_and_now(encoder, settings, batches)
+        _with_ray(pool, encoder, jobs, precision, batches) if pool.workers else _here(encoder, jobs, precision, batches)
     )
-    done = sum(chunk.stop - chunk.start for chunk in chunks)
     with contextlib.closing(run):
-        for chunk in run:
-            chunks.append(chunk)
-            done += chunk.stop - chunk.start
+        for number, chunk in run:
+            chunks[number].append(chunk)
+            left[number] -= 1
+            done[number] += chunk.stop - chunk.start
             if progress is not None:
-                progress(source.split, done, samples)
-    finish(folder, chunks, dataset.ids)
+                progress(jobs[number].split, done[number], len(ids[number]))
+            if left[number] == 0:
+                finish(Path(jobs[number].folder), chunks[number], ids[number])
+                yield number
 
 
-def _here_and_now(
-    encoder: Encoder, settings: tuple[Any, ...], batches: list[tuple[int, int]]
-) -> Generator[Chunk, None, None]:
-    worker = BatchEncoder(encoder, *settings)
-    rows = ({"start": np.array([start]), "stop": np.array([stop])} for start, stop in batches)
+Batches: TypeAlias = Sequence[tuple[int, int, int]]  # job, first sample, the one after the last
+Done: TypeAlias = Generator[tuple[int, Chunk], None, None]
+
+
+def _here(encoder: Encoder, jobs: Sequence[Job], precision: Precision, batches: Batches) -> Done:
+    worker = BatchEncoder(encoder, jobs, precision)
+    rows = (dict(zip(("job", "start", "stop"), np.array(batch)[:, None], strict=True)) for batch in batches)
     with ThreadPoolExecutor(CALLS) as executor:
         # No more than what an actor has in hand: all batches at once would be read ahead of the encoder.
         running = [executor.submit(worker, row) for row in itertools.islice(rows, CALLS)]
         try:
             while running:
-                (text,) = running.pop(0).result()["chunk"]
+                result = running.pop(0).result()
                 running += [executor.submit(worker, row) for row in itertools.islice(rows, 1)]
-                yield Chunk.from_json(text)
+                yield int(result["job"][0]), Chunk.from_json(result["chunk"][0])
         finally:
             for future in running:
                 future.cancel()
 
 
-def _with_ray(
-    pool: Pool, encoder: Any, settings: tuple[Any, ...], batches: list[tuple[int, int]]
-) -> Generator[Chunk, None, None]:
+def _with_ray(pool: Pool, encoder: Any, jobs: Sequence[Job], precision: Precision, batches: Batches) -> Done:
     import ray
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayTaskError
@@ -221,11 +237,12 @@ def _with_ray(
     # An encoder on this process's GPU would be unpickled onto one there.
     reference = ray.put(copy.deepcopy(encoder).cpu())
     rows = ray.data.from_items(
-        [{"start": start, "stop": stop} for start, stop in batches], override_num_blocks=len(batches)
+        [{"job": number, "start": start, "stop": stop} for number, start, stop in batches],
+        override_num_blocks=len(batches),
     ).map_batches(
         BatchEncoder,
         batch_size=1,
-        fn_constructor_args=(reference, *settings, device, max(1, int(pool.cpus_per_worker))),
+        fn_constructor_args=(reference, jobs, precision, device, max(1, int(pool.cpus_per_worker))),
         compute=ActorPoolStrategy(
             size=min(pool.workers, len(batches)),
             max_concurrent_calls_per_actor=CALLS,
@@ -237,7 +254,7 @@ def _with_ray(
     )
     try:
         for row in rows.iter_rows():
-            yield Chunk.from_json(row["chunk"])
+            yield row["job"], Chunk.from_json(row["chunk"])
     except RayTaskError as error:
         cause = _cause(error)
         if isinstance(cause, (OSError, ValueError)):
@@ -251,9 +268,3 @@ def _cause(error: BaseException) -> BaseException:
     while (below := getattr(seen, "cause", None) or seen.__cause__) is not None:
         seen = below
     return seen
-
-
-def _here() -> str:
-    import socket
-
-    return f"on node {socket.gethostname()}"
