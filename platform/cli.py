@@ -205,6 +205,24 @@ def verify(
         raise typer.Exit(1)
 
 
+@data.command()
+def fetch(
+    tasks: Annotated[list[str], typer.Argument(help="Tasks of Copernicus-Bench, or all.", metavar="TASK...")],
+    out: Annotated[Path, typer.Option(help="The benchmark's folder.")],
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the hub's repository; md5 sums are published for the default one.", show_default="published"
+        ),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the zips.")] = False,
+) -> None:
+    """Download tasks of Copernicus-Bench from the Hugging Face hub, check and unpack them. The same command goes on."""
+    from copernicus.platform.fetch import fetch_command
+
+    fetch_command(tasks, out, console(), revision, keep)
+
+
 @data.command(context_settings={"ignore_unknown_options": True})
 def show(
     grid: Annotated[str, typer.Argument(help="Its seven digits, or LON,LAT.")],
@@ -334,9 +352,13 @@ def _failed(error: Exception) -> int:
         return 2
     from copernicus.datasets.storage import StoreError
     from copernicus.platform.convert import ConvertFailed
+    from copernicus.platform.fetch import FetchFailed
     from copernicus.platform.pretrain import PretrainFailed
     from copernicus.platform.sweep import SweepFailed
 
+    if isinstance(error, FetchFailed):
+        _complain(f"{error}")
+        return 1
     if isinstance(error, ConvertFailed):
         _complain(f"{error}. The same command goes on where it stopped")
         return 1
