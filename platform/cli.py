@@ -194,13 +194,20 @@ def index(
 
 @data.command()
 def verify(
-    shards: Annotated[list[str], typer.Argument(help="Brace patterns, folders, globs; local, s3://, gs://, hf://.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            help="Shards: brace patterns, folders, globs; local, s3://, gs://, hf://. Or folders of Copernicus-Bench.",
+            metavar="SHARDS|FOLDER...",
+        ),
+    ],
     out: Annotated[str, typer.Option(help="The report, a parquet file.")] = "verify.parquet",
 ) -> None:
-    """Read every member of the shards whole and check it. Resumes. Exit code 1 where there are faults."""
+    """Read every member of the shards (this resumes), or every sample of the benchmark's tasks in a folder, whole, and check
+    it. Exit code 1 where there are faults."""
     from copernicus.platform.data_jobs import verify_command
 
-    if faulty := verify_command(shards, out, console()):
+    if faulty := verify_command(places, out, console()):
         _complain(f"faults in {faulty} of the report's rows: {out}, where `ok` is false")
         raise typer.Exit(1)
 

@@ -169,7 +169,7 @@ def _plan(archive: Archive, out: Path, revision: str | None) -> Plan:
         local = out / source.name if _whole(out / source.name, source) else local
         try:
             with open(local, "rb") if local else io.BufferedReader(_Remote(source), 1 << 20) as directory:
-                unpacked = contents(directory, archive.folder).taken  # type: ignore[arg-type]
+                unpacked = contents(directory, archive.folder).taken
         except ArchiveError as error:
             raise FetchFailed(f"{local or source.file.uri}: {error}") from None
     return Plan(archive, asked, tuple(sources), unpacked)
