@@ -215,15 +215,40 @@ def index(
 
 @data.command()
 def verify(
-    shards: Annotated[list[str], typer.Argument(help="Brace patterns, folders, globs; local, s3://, gs://, hf://.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            help="Shards: brace patterns, folders, globs; local, s3://, gs://, hf://. Or folders of Copernicus-Bench.",
+            metavar="SHARDS|FOLDER...",
+        ),
+    ],
     out: Annotated[str, typer.Option(help="The report, a parquet file.")] = "verify.parquet",
 ) -> None:
-    """Read every member of the shards whole and check it. Resumes. Exit code 1 where there are faults."""
+    """Read every member of the shards (this resumes), or every sample of the benchmark's tasks in a folder, whole, and check
+    it. Exit code 1 where there are faults."""
     from copernicus.platform.data_jobs import verify_command
 
-    if faulty := verify_command(shards, out, console()):
+    if faulty := verify_command(places, out, console()):
         _complain(f"faults in {faulty} of the report's rows: {out}, where `ok` is false")
         raise typer.Exit(1)
+
+
+@data.command()
+def fetch(
+    tasks: Annotated[list[str], typer.Argument(help="Tasks of Copernicus-Bench, or all.", metavar="TASK...")],
+    out: Annotated[Path, typer.Option(help="The benchmark's folder.")],
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the hub's repository; md5 sums are published for the default one.", show_default="published"
+        ),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the zips.")] = False,
+) -> None:
+    """Download tasks of Copernicus-Bench from the Hugging Face hub, check and unpack them. The same command goes on."""
+    from copernicus.platform.fetch import fetch_command
+
+    fetch_command(tasks, out, console(), revision, keep)
 
 
 @data.command(context_settings={"ignore_unknown_options": True})
@@ -355,9 +380,13 @@ def _failed(error: Exception) -> int:
         return 2
     from copernicus.datasets.storage import StoreError
     from copernicus.platform.convert import ConvertFailed
+    from copernicus.platform.fetch import FetchFailed
     from copernicus.platform.pretrain import PretrainFailed
     from copernicus.platform.sweep import SweepFailed
 
+    if isinstance(error, FetchFailed):
+        _complain(f"{error}")
+        return 1
     if isinstance(error, ConvertFailed):
         _complain(f"{error}. The same command goes on where it stopped")
         return 1
