@@ -382,9 +382,10 @@ def _failed(error: Exception) -> int:
     from copernicus.platform.convert import ConvertFailed
     from copernicus.platform.fetch import FetchFailed
     from copernicus.platform.pretrain import PretrainFailed
+    from copernicus.platform.spool import NotRecorded
     from copernicus.platform.sweep import SweepFailed
 
-    if isinstance(error, FetchFailed):
+    if isinstance(error, (FetchFailed, NotRecorded)):
         _complain(f"{error}")
         return 1
     if isinstance(error, ConvertFailed):

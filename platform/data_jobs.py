@@ -20,7 +20,7 @@ from copernicus.datasets.index import GridIndex, default_path, to_index
 from copernicus.datasets.lookup import find_grid, parse_grid
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.platform.indexing import update_index
-from copernicus.platform.run import progress_bar
+from copernicus.platform.progress import progress_bar
 from copernicus.platform.session import ray_session
 from copernicus.platform.verifying import NAMES, REST, Summary, check_place, verify_shards
 from copernicus.platform.verifying_bench import BenchSummary, verify_bench
