@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from copernicus.datasets.miniature.pretrain import PretrainScale
 from copernicus.datasets.miniature.tasks import TASKS, TaskScale
@@ -41,7 +41,7 @@ _FULL = PretrainScale(
     dem_size=960,
     grids_per_shard=100,
 )
-_NAMES = ("tiny", "small", "full")
+_NAMES = get_args(ScaleName)
 # Of each task's folder: pixels a side where small and as published; samples of train, val, test in the three scales.
 # What Sentinel-3 sees at 300 m has a label of three times as many pixels (LC100, biomass).
 _TASKS = {

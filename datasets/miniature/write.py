@@ -14,7 +14,7 @@ from typing import Any
 
 from copernicus.datasets.miniature.planet import Planet
 from copernicus.datasets.miniature.pretrain import PretrainScale, choose_grids, make_grid
-from copernicus.datasets.miniature.scales import SCALES, ScaleName
+from copernicus.datasets.miniature.scales import SCALES, Scale, ScaleName
 from copernicus.datasets.miniature.tasks import FOLDERS, TASKS, TaskFolder, TaskScale, check_tasks
 from copernicus.datasets.sensors import InputError
 from copernicus.datasets.shards import shard_path, write_shard
@@ -85,6 +85,7 @@ def write_miniature(
 
     out.mkdir(parents=True, exist_ok=True)
     manifest = wanted | {"pretrain": found.get("pretrain", False), "tasks": found.get("tasks", [])}
+    sizes: Scale = SCALES[scale]
     report = progress or (lambda what, done, total: None)
     folders = [folder for folder in FOLDERS if set(folder.tasks) & set(asked)]
     missing = [folder for folder in folders if not set(folder.tasks) <= set(manifest["tasks"])]
@@ -92,11 +93,11 @@ def write_miniature(
         _write_manifest(manifest_path, manifest)
     with _Pool(workers) as pool:
         if not manifest["pretrain"]:
-            _write_pretrain(pool, out / "pretrain", grids, seed, SCALES[scale].pretrain, report)
+            _write_pretrain(pool, out / "pretrain", grids, seed, sizes.pretrain, report)
             manifest["pretrain"] = True
             _write_manifest(manifest_path, manifest)
         for folder in missing:
-            _write_task(pool, out / "bench", folder, seed, SCALES[scale].tasks[folder.tasks[0]], report)
+            _write_task(pool, out / "bench", folder, seed, sizes.tasks[folder.tasks[0]], report)
             manifest["tasks"] = [task for task in TASKS if task in (*manifest["tasks"], *folder.tasks)]
             _write_manifest(manifest_path, manifest)
     return _summary(out, grids, scale, asked)
