@@ -190,15 +190,22 @@ def miniature(
     grids: Annotated[int, typer.Option(help="Pretraining grids.", min=1)] = 256,
     seed: Annotated[int, typer.Option(help="Another seed, another planet.")] = 0,
     scale: Annotated[str, typer.Option(help="tiny, small (small arrays) or full (published sizes).")] = "small",
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmark tasks, comma separated; '' for none (all fifteen).")
+    ] = None,
 ) -> None:
-    """Make a small procedural planet: pretraining shards and four benchmark tasks in the published formats."""
+    """Make a small procedural planet: pretraining shards and benchmark tasks in the published formats.
+
+    Writes only what is not there yet: ask again with other --tasks to add some.
+    """
     from copernicus.datasets.sensors import InputError
     from copernicus.platform.experiment import SCALES, Miniature
     from copernicus.platform.run import make_miniature
 
     if scale not in SCALES:
         raise InputError(f"--scale: no {scale!r}; valid choices: {', '.join(SCALES)}")
-    make_miniature(Miniature(str(out), grids, seed, scale), console())
+    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    make_miniature(Miniature(str(out), grids, seed, scale, names), console())
 
 
 @data.command()

@@ -49,12 +49,14 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Miniature:
-    """A miniature Earth to make first: shards under ``out``/pretrain, benchmark tasks under ``out``/bench."""
+    """A miniature Earth to make first: shards under ``out``/pretrain, benchmark tasks under ``out``/bench: those of
+    ``tasks``, or all fifteen where it is not given. Others can be added to a miniature that is there already."""
 
     out: str = "runs/miniature"
     grids: int = 256
     seed: int = 0
     scale: str = "small"
+    tasks: Optional[list[str]] = None
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ PROTOCOLS = (*FROZEN, "finetune", "scratch")
 """What may be done with an encoder: see `Sweep`. ``QUICK`` ones draw nothing and search for themselves; ``FROZEN`` ones leave
 the encoder as it is."""
 WITHOUT_EFFECT = (
-    "tracking", "output",
+    "tracking", "output", "miniature.tasks",
     "pretrain.compile", "pretrain.activation_checkpointing", "pretrain.workers", "pretrain.parallel", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
     "pretrain.index", "pretrain.distill.cache", "pretrain.checkpoint_every", "pretrain.checkpoint_minutes", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
     "sweep.cache", "sweep.cache_gb", "sweep.features", "sweep.max_concurrent", "sweep.cpus_per_trial", "sweep.gpus_per_trial",

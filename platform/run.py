@@ -156,13 +156,15 @@ def make_miniature(settings: Miniature, console: Console) -> None:
             settings.scale,  # type: ignore[arg-type]
             workers=os.cpu_count() or 1,
             progress=lambda what, done, total: update(done, total, what),
+            tasks=settings.tasks,
         )
     from copernicus.datasets.miniature.preview import preview
 
     picture = summary.folder / "preview.png"
-    if not picture.exists():
+    # The manifest is written again whenever tasks are added, which the picture then lacks.
+    if not picture.exists() or picture.stat().st_mtime_ns < (summary.folder / "miniature.json").stat().st_mtime_ns:
         preview(summary.folder)
-    tasks = ", ".join(f"{name} {sum(splits.values())}" for name, splits in summary.samples.items())
+    tasks = ", ".join(f"{name} {sum(splits.values())}" for name, splits in summary.samples.items()) or "none"
     console.print(
         f"  {summary.grids} grids in {len(summary.shards)} shards; tasks: {tasks}; in {short_path(summary.folder)}"
     )

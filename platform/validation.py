@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from copernicus.datasets.baseline import POLICIES
-from copernicus.datasets.bench import get_task, select_tasks, selectable
+from copernicus.datasets.bench import SELECTABLE, get_task, select_tasks
+from copernicus.datasets.miniature.tasks import TASKS as MINIATURE_TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.models.blocks import check_sizes
 from copernicus.models.language import LANGUAGE_SUFFIXES
@@ -67,7 +68,15 @@ def validate(e: Experiment, source: str) -> None:
     if e.miniature:
         choice("miniature.scale", e.miniature.scale, SCALES)
         positive("miniature.grids", e.miniature.grids)
+        for i, task in enumerate(e.miniature.tasks or ()):
+            choice(f"miniature.tasks[{i}]", task, tuple(MINIATURE_TASKS))
         made = [Path(e.miniature.out).absolute()]
+        asked = list(MINIATURE_TASKS) if e.miniature.tasks is None else e.miniature.tasks
+        written = {task for name in asked for task in MINIATURE_TASKS[name].tasks}
+        if e.sweep and made[0] in Path(e.sweep.data).absolute().parents:
+            for task in e.sweep.tasks:
+                if task in MINIATURE_TASKS and task not in written:
+                    raise wrong("miniature.tasks", f"lacks {task}, which sweep.tasks looks for in {e.sweep.data}")
 
     def exists(path: str, value: str) -> None:
         here = Path(value).absolute()
@@ -174,9 +183,9 @@ def validate(e: Experiment, source: str) -> None:
             raise wrong("sweep.data", "missing: give the folder that holds the benchmark's task folders")
         exists("sweep.data", s.data)
         if not s.tasks:
-            raise wrong("sweep.tasks", f"empty; valid choices: {', '.join(selectable())}")
+            raise wrong("sweep.tasks", f"empty; valid choices: {', '.join(SELECTABLE)}")
         for i, task in enumerate(s.tasks):
-            choice(f"sweep.tasks[{i}]", task, selectable())
+            choice(f"sweep.tasks[{i}]", task, SELECTABLE)
         tasks = [get_task(name) for name in select_tasks(s.tasks)]
         for name, size in s.image_size.items():
             choice(f"sweep.image_size.{name}", name, [task.name for task in tasks])

@@ -88,6 +88,9 @@ _VARIANTS = (
 VARIANTS: dict[str, Task] = {task.name: task for task in _VARIANTS}
 """Tasks in another mode than the published one, by ``<task>-<mode>``."""
 
+SELECTABLE = (*TASKS, "all", *LEVELS, *SENSOR_GROUPS, *VARIANTS)
+"""What ``select_tasks`` takes."""
+
 
 def get_task(name: str) -> Task:
     """The task of that name: one of ``TASKS``, or ``<task>-<mode>``, one of ``VARIANTS``.
@@ -118,11 +121,7 @@ def select_tasks(items: Sequence[str]) -> list[str]:
         found = {task.name for task in TASKS.values() if item in ("all", task.name, task.level, task.sensor_group)}
         found |= {item} & VARIANTS.keys()
         if not found:
-            groups = ", ".join(("all", *LEVELS, *SENSOR_GROUPS))
-            raise InputError(
-                f"no task or group of tasks {item!r}; the tasks are {', '.join(TASKS)}, the groups {groups}, and in other "
-                f"modes {', '.join(VARIANTS)}"
-            )
+            raise InputError(f"no task or group of tasks {item!r}; valid choices: {', '.join(SELECTABLE)}")
         chosen |= found
     return sorted(chosen, key=[name for task in TASKS for name in (task, *_variants_of(task))].index)
 
