@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from copernicus.datasets.bench.task import Task
 from copernicus.platform.comparison import aggregate
@@ -16,6 +18,7 @@ from copernicus.platform.leaderboard import Leaderboard, colour, mean_curve
 from copernicus.platform.tables import task_ranks
 
 DPI = 130
+RANKS = LinearSegmentedColormap.from_list("ranks", ["#4f8fc0", "#f1f6fa"])
 
 
 def draw_panels(board: Leaderboard, path: Path) -> Path:
@@ -29,16 +32,17 @@ def draw_panels(board: Leaderboard, path: Path) -> Path:
                 axis.text(x, 0.5, said, transform=axis.get_xaxis_transform(), ha="center", va="center", rotation=90,
                           color="firebrick", fontsize=8)  # fmt: skip
                 continue
-            bounds = [[s.mean - s.low], [s.high - s.mean]] if s.n > 1 else None
-            axis.errorbar(x, s.mean, yerr=bounds, fmt="_", ms=22, mew=3, capsize=5, color=colour(x))
-            spread = [x + 0.12 * (i - (s.n - 1) / 2) / max(s.n - 1, 1) for i in range(s.n)]
-            axis.plot(spread, values, "o", ms=4, color=colour(x), alpha=0.5, mec="none")
+            if s.n > 1:
+                axis.plot([x, x], [s.low, s.high], lw=2, color=colour(x))
+            axis.plot([x - 0.28, x + 0.28], [s.mean, s.mean], lw=3, color=colour(x), solid_capstyle="butt")
+            spread = [x + 0.4 * (i / (s.n - 1) - 0.5) if s.n > 1 else x for i in range(s.n)]
+            axis.plot(spread, values, "o", ms=5, color=colour(x), alpha=0.55, mec="white", mew=0.5)
         _title(axis, task)
-        crowded = len(board.encoders) > 3 or max(map(len, board.encoders)) > 10
-        axis.set_xticks(range(len(board.encoders)), [_plain(e) for e in board.encoders], fontsize=8,
-                        rotation=30 if crowded else 0, ha="right" if crowded else "center")  # fmt: skip
+        axis.set_xticks(range(len(board.encoders)), [str(i + 1) for i in range(len(board.encoders))])
         axis.set_xlim(-0.6, len(board.encoders) - 0.4)
         axis.grid(axis="y", alpha=0.3)
+    handles = [Line2D([], [], lw=3, color=colour(i)) for i in range(len(board.encoders))]
+    _legend(figure, handles, [f"{i}  {encoder}" for i, encoder in enumerate(board.encoders, start=1)])
     figure.suptitle("Test split: mean, 95 % bootstrap interval, each seed", fontsize=10)
     return _save(figure, path)
 
@@ -54,7 +58,7 @@ def draw_curves(board: Leaderboard, path: Path) -> Path | None:
             for s in board.cell(task.name, encoder):
                 axis.plot(range(1, len(s.curve) + 1), s.curve, lw=0.7, alpha=0.4, color=colour(x))
             if (mean := mean_curve(board, task, encoder)) is not None:
-                axis.plot(range(1, len(mean) + 1), mean, lw=1.8, color=colour(x), label=_plain(encoder))
+                axis.plot(range(1, len(mean) + 1), mean, lw=1.8, color=colour(x), label=encoder)
         _title(axis, task)
         axis.set_xlabel("epoch", fontsize=8)
         axis.grid(alpha=0.3)
@@ -62,7 +66,7 @@ def draw_curves(board: Leaderboard, path: Path) -> Path | None:
     for axis in axes[: len(tasks)]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    _legend(figure, list(handles.values()), list(handles))
     figure.suptitle("Validation split: best setting, each seed and their mean", fontsize=10)
     return _save(figure, path)
 
@@ -110,10 +114,10 @@ def draw_ranks(board: Leaderboard, path: Path) -> Path:
     FigureCanvasAgg(figure)
     axis: Any = figure.subplots()
     worst = max(len(board.encoders), 2)
-    axis.imshow(np.ma.masked_invalid(table_TE), cmap="viridis_r", vmin=1, vmax=worst, aspect="auto")
+    axis.imshow(np.ma.masked_invalid(table_TE), cmap=RANKS, vmin=1, vmax=worst, aspect="auto")
     for (i, j), rank in np.ndenumerate(table_TE):
         known = not math.isnan(rank)
-        shade = "firebrick" if not known else "white" if rank > (1 + worst) / 2 else "black"
+        shade = "black" if known else "firebrick"
         said = f"{rank:g}" if known else board.status(board.tasks[i].name, board.encoders[j]).partition(":")[0]
         axis.text(j, i, said, ha="center", va="center", color=shade, fontsize=8 if known else 6)
     axis.set_xticks(
@@ -138,6 +142,13 @@ def _grid(tasks: list[Task]) -> tuple[Figure, Any]:
     for axis in axes[len(tasks) :]:
         axis.set_visible(False)
     return figure, axes
+
+
+def _legend(figure: Figure, handles: list[Any], names: list[str]) -> None:
+    columns = max(1, min(4, 110 // max(map(len, names), default=1)))
+    figure.legend(
+        handles, [_plain(n) for n in names], loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+    )
 
 
 def _title(axis: Any, task: Task) -> None:

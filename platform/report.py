@@ -25,6 +25,7 @@ from copernicus.platform.statistics import Estimate
 from copernicus.platform.tables import TASK_PAIR_NOTE, aggregate_note, p_text, pair_note, task_ranks
 
 IMAGES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+MOST_OPEN = 8  # cells listed at the top without a click
 
 
 def page(board: Leaderboard, title: str, pictures: Mapping[Cell, Sequence[Path]]) -> str:
@@ -68,14 +69,15 @@ def _head(board: Leaderboard, title: str) -> str:
         f"<li>{_dot(i)}<span><b>{escape(e)}</b> <span class='small'>{escape(board.protocol(e))}</span></span></li>"
         for i, e in enumerate(board.encoders)
     )
-    notes = [escape(note) for note in board.notes]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes)
+    shown = f"<ul>{notes}</ul>" if notes else ""
     if missing := board.missing():
-        bad = "; ".join(escape(f"{t} / {e}: {s}") for t, e, s in missing)
-        notes.insert(0, f"<b>{_count(len(missing), 'cell')} not whole.</b> {bad}")
-    listed = "".join(f"<li>{note}</li>" for note in notes)
-    return f'<header><h1>{escape(title)}</h1><p class="sub">{said}</p><ul class="legend">{legend}</ul></header>' + (
-        f'<div class="notes"><ul>{listed}</ul></div>' if notes else ""
-    )
+        listed = "".join(f"<li>{escape(f'{t} / {e}: {s}')}</li>" for t, e, s in missing)
+        opened = " open" if len(missing) <= MOST_OPEN else ""
+        summary = f"<summary>{_count(len(missing), 'cell')} not whole</summary>"
+        shown = f"<details{opened}>{summary}<ul>{listed}</ul></details>{shown}"
+    head = f'<header><h1>{escape(title)}</h1><p class="sub">{said}</p><ul class="legend">{legend}</ul></header>'
+    return head + (f'<div class="notes">{shown}</div>' if shown else "")
 
 
 def _aggregates(board: Leaderboard, found: Aggregates) -> str:
@@ -90,7 +92,9 @@ def _aggregates(board: Leaderboard, found: Aggregates) -> str:
     axes = []
     for _, higher, estimates in columns:
         bounds = [v for e in estimates for v in (e.value, e.low, e.high) if not math.isnan(v)]
-        axes.append(report_svg.Axis(bounds, *((8, 142) if higher else (142, 8))))  # the better end is on the right
+        axes.append(
+            report_svg.Axis(bounds, *((8, report_svg.BAR - 8) if higher else (report_svg.BAR - 8, 8)))
+        )  # the better end is on the right
     heads = "".join(f"<th>{name} {'↑' if higher else '↓'}</th>" for name, higher, _ in columns)
     rows = []
     for n, row in enumerate(found.rows):
@@ -125,7 +129,7 @@ def _scores(board: Leaderboard) -> str:
             cells += f'<td class="{kind}" data-key="{sort}">{published_text(task, key)}</td>'
         arrow = "↑" if task.higher_is_better else "↓"
         rows.append(
-            f'<tr><th scope="row">{escape(task.title)}</th><td class="t">{task.metric} {arrow}</td>{cells}</tr>'
+            f'<tr><th scope="row">{escape(task.title)}</th><td class="t n">{task.metric} {arrow}</td>{cells}</tr>'
         )
     return (
         '<section><h2>Test scores</h2><label class="toggle"><input type="checkbox" id="all-published"> all published columns'
@@ -172,7 +176,7 @@ def _panels(board: Leaderboard) -> str:
     panels = "".join(f'<div class="card">{_title(task)}{report_svg.panel(board, task)}</div>' for task in board.tasks)
     return (
         f'<section><h2>Each task</h2><div class="grid-of">{panels}</div><p class="small">Dots are seeds, bars their mean, '
-        "upright lines the 95 % bootstrap interval, dashed lines published means where they lie within. Numbers are those of "
+        "upright lines the 95 % bootstrap interval, dashed lines published means (where they lie within). Numbers are those of "
         "the legend above.</p></section>"
     )
 
@@ -308,7 +312,7 @@ def _number(value: float, form: str = "") -> str:
 
 
 def _p(value: float) -> str:
-    return f'<td data-key="{"" if math.isnan(value) else repr(value)}">{escape(p_text(value))}</td>'
+    return f'<td class="n" data-key="{"" if math.isnan(value) else repr(value)}">{escape(p_text(value))}</td>'
 
 
 def _count(number: int, what: str) -> str:

@@ -25,7 +25,7 @@ p{margin:8px 0;max-width:92ch}
 .dot{display:inline-block;flex:none;width:20px;height:20px;border-radius:5px;color:#fff;font-size:12px;font-weight:700;
 line-height:20px;text-align:center}
 .notes{background:var(--note);border:1px solid var(--noteline);border-radius:8px;padding:8px 14px;margin:16px 0}
-.notes ul{margin:4px 0;padding-left:20px}
+.notes ul{margin:4px 0;padding-left:20px}.notes details{margin:0}.notes summary{padding:2px 0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;overflow:hidden}
 .wide{overflow-x:auto}
 table{border-collapse:separate;border-spacing:0;width:100%;font-variant-numeric:tabular-nums}
@@ -33,7 +33,8 @@ th,td{padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);vert
 tbody tr:last-child>*{border-bottom:0}
 tbody tr:hover>*{background-color:color-mix(in srgb,var(--accent) 6%,var(--card))}
 thead th{background:var(--head);font-size:13px;font-weight:600;vertical-align:bottom;position:sticky;top:0}
-thead th.name{min-width:96px;overflow-wrap:anywhere}
+thead th.name{min-width:104px;max-width:220px;overflow-wrap:break-word}
+.n{white-space:nowrap}
 th[scope=row],.t{text-align:left}
 th[scope=row]{font-weight:600;white-space:nowrap}
 .scores th[scope=row],.scores thead th:first-child{position:sticky;left:0;z-index:1;background:var(--card)}
@@ -46,7 +47,7 @@ th[aria-sort=descending]::after{content:" ▼";font-size:10px}
 td .ci{display:block;font-size:12px;color:var(--dim);white-space:nowrap}
 td .v{white-space:nowrap}
 td.best{background:var(--best)}td.best .v{color:var(--bestink);font-weight:700}
-td.pub,th.pub{color:var(--dim)}
+td.pub,th.pub{color:var(--dim)}td.pub{white-space:nowrap}
 .more{display:none}
 .all .more{display:table-cell}
 .badge{display:inline-block;font-size:12px;line-height:1.35;color:var(--bad);background:var(--badbg);border-radius:5px;
@@ -58,11 +59,11 @@ svg.chart{width:100%;height:auto;display:block}
 svg .grid{stroke:var(--line);stroke-width:1}
 svg .pub{stroke:var(--dim);stroke-width:1.2;stroke-dasharray:4 3}
 svg text{font-size:10px;font-family:inherit}
-svg .tick{fill:var(--dim)}svg .bad{fill:var(--bad);font-weight:700}
+svg .tick,svg .publabel{fill:var(--dim)}svg .publabel{font-size:8.5px;paint-order:stroke;stroke:var(--card);stroke-width:3px}svg .bad{fill:var(--bad);font-weight:700}
 svg.bar{display:block;margin:2px 0 0 auto;overflow:visible}
-.over td{min-width:176px}
-.ranks td{text-align:center;width:88px;-webkit-print-color-adjust:exact;print-color-adjust:exact}
-.ranks table{width:auto;min-width:50%}
+.over td{min-width:270px}.over .ci{display:inline;margin-left:7px}
+.ranks td{text-align:center;min-width:104px;-webkit-print-color-adjust:exact;print-color-adjust:exact}
+.ranks table{width:auto}
 .ranks thead th{text-align:center}.ranks thead th:first-child{text-align:left}
 details{margin:10px 0}
 summary{cursor:pointer;font-weight:600;padding:6px 0}

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from html import escape
 
 from copernicus.datasets.bench.task import Task
-from copernicus.platform.leaderboard import PUBLISHED, Leaderboard, colour, mean_curve
+from copernicus.platform.leaderboard import Leaderboard, colour, mean_curve
 from copernicus.platform.statistics import Estimate
 
 WIDTH, HEIGHT = 264, 172
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 22
+BAR = 240
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -51,14 +52,15 @@ def panel(board: Leaderboard, task: Task) -> str:
     values = [v for _, e, s in found for v in (*board.values(task.name, e), *(() if s.n == 1 else (s.low, s.high)))]
     y = Axis(values, HEIGHT - BOTTOM, TOP)
     step = (WIDTH - LEFT - RIGHT) / len(board.encoders)
-    parts = [_frame(y)]
-    for key, figure in task.published.items():
+    lines, names = [], []
+    for key, said in (("copernicus_fm_vit_b16", "Copernicus-FM"), ("random_vit_b16", "random")):
+        figure = task.published.get(key)
         if figure is not None and y.low <= figure[0] <= y.high:
-            name = f"published, {PUBLISHED[key]}: {figure[0]:.1f} ± {figure[1]:.1f}"
-            parts.append(
-                f'<line class="pub" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(figure[0]):.1f}" y2="{y(figure[0]):.1f}">'
-                f"<title>{escape(name)}</title></line>"
-            )
+            at = y(figure[0])
+            above = at - 3 if at > TOP + 10 else at + 9
+            lines.append(f'<line class="pub" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+            names.append(f'<text class="publabel" x="{WIDTH - RIGHT}" y="{above:.1f}" text-anchor="end">{said}</text>')
+    parts = [_frame(y), *lines]
     for i, encoder, s in found:
         x, shade = LEFT + (i + 0.5) * step, colour(i)
         said = f"{encoder}: {board.text(task, encoder, None)}"
@@ -80,7 +82,7 @@ def panel(board: Leaderboard, task: Task) -> str:
             f'<text class="{"bad" if none else "tick"}" x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">'
             f"{i + 1}{' ✕' if none else ''}<title>{escape(f'{encoder} {status}')}</title></text>"
         )
-    return _svg(parts, f"{task.title}: test {task.metric} of each encoder")
+    return _svg([*parts, *names], f"{task.title}: test {task.metric} of each encoder")
 
 
 def curves(board: Leaderboard, task: Task) -> str:
@@ -116,7 +118,7 @@ def curves(board: Leaderboard, task: Task) -> str:
     return _svg(parts, f"{task.title}: validation {task.metric} by epoch")
 
 
-def bar(estimate: Estimate, axis: Axis, number: int, width: int = 150) -> str:
+def bar(estimate: Estimate, axis: Axis, number: int, width: int = BAR) -> str:
     """A value and its interval on a line of their own."""
     shade, at = colour(number), axis(estimate.value)
     parts = [f'<line class="grid" x1="0" x2="{width}" y1="9" y2="9"/>']
@@ -125,11 +127,11 @@ def bar(estimate: Estimate, axis: Axis, number: int, width: int = 150) -> str:
         parts.append(
             f'<rect x="{low:.1f}" y="5" width="{max(high - low, 1):.1f}" height="8" rx="2" fill="{shade}" opacity="0.35"/>'
         )
-    parts.append(f'<circle cx="{at:.1f}" cy="9" r="4" fill="{shade}"/>')
+    parts.append(f'<rect x="{at - 1.5:.1f}" y="2" width="3" height="14" rx="1.5" fill="{shade}"/>')
     return f'<svg class="bar" viewBox="0 0 {width} 18" width="{width}" height="18" aria-hidden="true">{"".join(parts)}</svg>'
 
 
-def scale(axis: Axis, width: int = 150) -> str:
+def scale(axis: Axis, width: int = BAR) -> str:
     """The numbers below a column of bars."""
     parts = []
     for t in ticks(axis.low, axis.high, 4):
