@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from copernicus.datasets.baseline import POLICIES
-from copernicus.datasets.bench import SELECTABLE, get_task, select_tasks
+from copernicus.datasets.bench import SELECTABLE, TASKS, VARIANTS, get_task, select_tasks
 from copernicus.datasets.miniature.tasks import TASKS as MINIATURE_TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.models.blocks import check_sizes
@@ -188,7 +188,7 @@ def validate(e: Experiment, source: str) -> None:
             choice(f"sweep.tasks[{i}]", task, SELECTABLE)
         tasks = [get_task(name) for name in select_tasks(s.tasks)]
         for name, size in s.image_size.items():
-            choice(f"sweep.image_size.{name}", name, [task.name for task in tasks])
+            choice(f"sweep.image_size.{name}", name, (*TASKS, *VARIANTS))
             multiple(f"sweep.image_size.{name}", size, get_task(name).sensor.patch_kernel)
         choice("sweep.protocol", s.protocol, PROTOCOLS)
         if not s.encoders:

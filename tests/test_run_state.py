@@ -12,16 +12,11 @@ from copernicus.datasets.miniature import write
 from copernicus.datasets.miniature.pretrain import PretrainScale
 from copernicus.datasets.miniature.tasks import TaskScale
 from copernicus.datasets.sensors import InputError
+from copernicus.platform.board_files import read_leaderboard, write_leaderboard
 from copernicus.platform.experiment import Miniature
 from copernicus.platform.leaderboard import Leaderboard, Score
-from copernicus.platform.run import (
-    State,
-    make_miniature,
-    progress_bar,
-    read_leaderboard,
-    write_atomically,
-    write_leaderboard,
-)
+from copernicus.platform.progress import progress_bar
+from copernicus.platform.run import State, make_miniature, write_atomically
 
 
 def off_terminal() -> tuple[Console, io.StringIO]:
