@@ -28,7 +28,8 @@ flood_s1               the image after is divided by its mean     both by the sa
                        (the deviation configured repeats it)
 cloud_s3               stored code - 1 as 8 bits: 255 becomes     255 is ignored like 0                       clouds3
                        254, which no head has
-lc100seg_s3            unknown codes become class 0, Unknown      unknown codes are refused                   lc100seg
+lc100seg_s3            codes that are none become class 0,        255, the fill value, is ignored, other     lc100seg
+                       Unknown                                    codes are refused
 lcz_s2                 first of the largest of a label's row      a row that is not one-hot is refused        lczs12
 =====================  =========================================  ==========================================  ==========
 
