@@ -4,7 +4,9 @@ EuroSAT-S2, Cloud-S3, Flood-S1 and AQ-NO2-S5P: test_miniature.py.
 """
 
 import csv
+import dataclasses
 import datetime
+import json
 import re
 import warnings
 from pathlib import Path
@@ -19,6 +21,7 @@ from rasterio.warp import transform
 
 from copernicus.datasets.miniature import legends, preview, write_miniature
 from copernicus.datasets.miniature.planet import Cover, Planet, Window
+from copernicus.datasets.miniature.preview_tasks import task_rows
 from copernicus.datasets.miniature.raster import tile_name
 from copernicus.datasets.miniature.regional import biomass_name
 from copernicus.datasets.miniature.tasks import TASKS
@@ -30,7 +33,7 @@ ELSEWHERE = ("eurosat_s2", "cloud_s3", "flood_s1", "aq_no2_s5p")
 @pytest.fixture(scope="module")
 def earth(tmp_path_factory):
     out = tmp_path_factory.mktemp("earth") / "new"
-    return write_miniature(out, 2, SEED, "tiny", workers=2, tasks=[task for task in TASKS if task not in ELSEWHERE])
+    return write_miniature(out, 1, SEED, "tiny", tasks=[task for task in TASKS if task not in ELSEWHERE])
 
 
 def read(path: Path) -> np.ndarray:
@@ -75,7 +78,7 @@ def test_cloud_s2_layout_and_labels(earth):
     root = earth.bench / "cloud_s2"
     values: dict[int, list[np.ndarray]] = {code: [] for code in range(4)}
     darker = []
-    for (name,) in rows(root, "{}.csv", (8, 4, 4)):
+    for (name,) in rows(root, "{}.csv", (6, 3, 3)):
         match = re.fullmatch(r"ROI_\d{5}__(?P<date>\d{8})T\d{6}_\d{8}T\d{6}_T(?P<tile>\d\d[C-X][A-Z][A-V])", name)
         datetime.datetime.strptime(match["date"], "%Y%m%d")
         image, label = root / "s2_toa" / f"{name}.tif", root / "cloud" / f"{name}.tif"
@@ -90,14 +93,14 @@ def test_cloud_s2_layout_and_labels(earth):
             darker.append(np.median(blue[code == 3]) < np.median(blue[code == 0]))
     clear, thick, thin, shadow = (np.mean(np.concatenate(values[code])) for code in range(4))
     assert thick > thin > max(clear, shadow)
-    assert len(darker) >= 4
+    assert len(darker) >= 3
     assert np.mean(darker) > 0.7
 
 
 def test_eurosat_s1_layout_and_labels(earth):
     root, planet = earth.bench / "eurosat_s1", Planet(SEED)
     levels: dict[str, list[np.ndarray]] = {}
-    for (line,) in rows(root, "eurosat-{}.txt", (20, 10, 10)):
+    for (line,) in rows(root, "eurosat-{}.txt", (10, 5, 5)):
         label, _, number = line.removesuffix(".jpg").partition("_")
         assert number.isdigit()
         path = root / "all_imgs" / label / line.replace(".jpg", ".tif")
@@ -183,8 +186,8 @@ def test_lc100_layout_and_labels(earth):
     root = earth.bench / "lc100_s3"
     codes = [0, 20, 30, 40, 50, 60, 70, 80, 90, 100, *range(111, 117), *range(121, 127), 200]
     assert (root / "multilabel-test.csv").read_text().splitlines()[0] == ",".join(str(i) for i in range(24))
-    static = dict(rows(root, "static_fnames-{}.csv", (9, 5, 5)))
-    places = rows(root, "multilabel-{}.csv", (9, 5, 5), header=1)
+    static = dict(rows(root, "static_fnames-{}.csv", (6, 3, 3)))
+    places = rows(root, "multilabel-{}.csv", (6, 3, 3), header=1)
     assert [place for place, *_ in places] == list(static)
     pixels: dict[int, list[np.ndarray]] = {}
     dates = 0
@@ -201,7 +204,7 @@ def test_lc100_layout_and_labels(earth):
         for code in np.unique(label[1::3, 1::3]):
             pixels.setdefault(int(code), []).append(greenness[label[1::3, 1::3] == code])
     assert len(places) < dates < 4 * len(places)
-    assert len(pixels) > 12
+    assert len(pixels) > 10
     green = {code: np.median(np.concatenate(found)) for code, found in pixels.items()}
     assert green[60] < green[40]
     assert green[80] < min(green[30], green[40], green[111])
@@ -209,8 +212,8 @@ def test_lc100_layout_and_labels(earth):
 
 def test_biomass_layout_and_labels(earth):
     root, planet = earth.bench / "biomass_s3", Planet(SEED)
-    forest, open_land, correlations = [], [], []
-    for place, name in rows(root, "static_fnames-{}.csv", (8, 4, 4)):
+    forest, open_land, explained = [], [], []
+    for place, name in rows(root, "static_fnames-{}.csv", (4, 2, 2)):
         tile = re.fullmatch(r"([NS])(\d\d)([EW])(\d{3})_ESACCI-BIOMASS-L4-AGB-MERGED-100m-2020-fv4\.0_\d\d_\d\d", place)
         lon, lat = centre(root / "biomass" / f"{place}.tif")
         top = int(tile[2]) * (1 if tile[1] == "N" else -1)
@@ -224,11 +227,13 @@ def test_biomass_layout_and_labels(earth):
         forest.append(label[cover == Cover.FOREST])
         open_land.append(label[np.isin(cover, (Cover.ANNUAL_CROP, Cover.BARE))])
         assert (label[np.isin(cover, (Cover.SEA_LAKE, Cover.RIVER))] == 0).all()
-        red = image[7].ravel()
         if label.std() > 20:
-            correlations.append(np.corrcoef(red, label.reshape(32, 3, 32, 3).mean(axis=(1, 3)).ravel())[0, 1])
+            bands = np.column_stack([image.reshape(21, -1).T, np.ones(32 * 32)])
+            tonnes = label.reshape(32, 3, 32, 3).mean(axis=(1, 3)).ravel()
+            rest = tonnes - bands @ np.linalg.lstsq(bands, tonnes, rcond=None)[0]
+            explained.append(1 - rest.var() / tonnes.var())
     assert np.mean(np.concatenate(forest)) > 5 * np.mean(np.concatenate(open_land))
-    assert np.median(correlations) < -0.3  # forests are dark
+    assert 0.3 < np.median(explained) < 0.97  # by a pixel's bands alone, clouds and snow included
     assert biomass_name(140.5, -32.75) == "S30E140_ESACCI-BIOMASS-L4-AGB-MERGED-100m-2020-fv4.0_11_02"
 
 
@@ -260,7 +265,7 @@ def test_dfc2020_layout_and_labels(earth):
 def test_climate_zones_layout_and_labels(earth):
     root = earth.bench / "lcz_s1s2"
     images, zones = [], []
-    for split, count in (("train", 17), ("val", 6), ("test", 6)):
+    for split, count in (("train", 17), ("val", 4), ("test", 4)):
         with h5py.File(root / f"lcz_{split}.h5") as file:
             assert {name: (data.shape, data.dtype.name) for name, data in file.items()} == {
                 "sen1": ((count, 32, 32, 8), "float32"),
@@ -291,7 +296,7 @@ def test_climate_zones_layout_and_labels(earth):
 def test_ozone_layout_and_labels(earth):
     root = earth.bench / "airquality_s5p" / "o3"
     columns, labels = [], []
-    for (place,) in rows(root, "{}.csv", (8, 4, 4)):
+    for (place,) in rows(root, "{}.csv", (6, 3, 3)):
         assert re.fullmatch(r"EEA_1kmgrid_2021_o3_avg_\d\d_\d\d", place)
         annual = root / "s5p_annual" / place / "2021-01-01_2021-12-31.tif"
         assert len(list((root / "s5p_seasonal" / place).iterdir())) == 4
@@ -311,8 +316,6 @@ def test_trees_are_named_by_what_the_sensors_see():
     surface = Planet(SEED).surface(window)
 
     def most_common(temperature: float, season: float) -> int:
-        import dataclasses
-
         full = np.full_like(surface.temperature, temperature)
         leaves = np.clip(0.5 + 0.2 * surface.broad + (0.35 if temperature < 6 else -0.15), 0, 1)
         changed = dataclasses.replace(surface, temperature=full, season=np.full_like(full, season), evergreen=leaves)
@@ -329,3 +332,9 @@ def test_preview_is_a_picture(earth):
         path = preview(earth.folder)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert path.stat().st_size > 1_000_000
+    tasks = json.loads((earth.folder / "miniature.json").read_text())["tasks"]
+    shown = task_rows(earth.bench, tasks, 10)
+    assert {task for row in shown for names, _ in row for task in names.split(", ")} == set(tasks)
+    assert max(len(row) for row in shown) <= 10
+    for panel in (panel for row in shown for _, panel in row if panel.legend):
+        assert set(np.unique(panel.image)) <= set(panel.legend)
