@@ -49,14 +49,27 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Miniature:
-    """A miniature Earth to make first: shards under ``out``/pretrain, benchmark tasks under ``out``/bench: those of
-    ``tasks``, or all fifteen where it is not given. Others can be added to a miniature that is there already."""
+    """A miniature Earth to make first: shards under ``out``/pretrain, benchmark tasks under ``out``/bench.
+
+    ``tasks`` says which, in the words of a sweep's (names, levels, satellites, "all"); all fifteen where it is not given.
+    Others can be added to a miniature that is there already."""
 
     out: str = "runs/miniature"
     grids: int = 256
     seed: int = 0
     scale: str = "small"
     tasks: Optional[list[str]] = None
+
+    def task_names(self) -> list[str]:
+        """The tasks to write: of one in another mode, the task itself.
+
+        Raises:
+            InputError: an item of ``tasks`` means none; the message lists the valid ones.
+        """
+        from copernicus.datasets.bench import select_tasks
+
+        chosen = select_tasks(["all"] if self.tasks is None else self.tasks)
+        return list(dict.fromkeys(name.partition("-")[0] for name in chosen))
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def make_miniature(settings: Miniature, console: Console) -> None:
             settings.scale,  # type: ignore[arg-type]
             workers=os.cpu_count() or 1,
             progress=lambda what, done, total: update(done, total, what),
-            tasks=settings.tasks,
+            tasks=settings.task_names(),
         )
     from copernicus.datasets.miniature.preview import preview
 

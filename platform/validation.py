@@ -68,15 +68,15 @@ def validate(e: Experiment, source: str) -> None:
     if e.miniature:
         choice("miniature.scale", e.miniature.scale, SCALES)
         positive("miniature.grids", e.miniature.grids)
-        for i, task in enumerate(e.miniature.tasks or ()):
-            choice(f"miniature.tasks[{i}]", task, tuple(MINIATURE_TASKS))
         made = [Path(e.miniature.out).absolute()]
-        asked = list(MINIATURE_TASKS) if e.miniature.tasks is None else e.miniature.tasks
-        written = {task for name in asked for task in MINIATURE_TASKS[name].tasks}
+        try:
+            written = {task for name in e.miniature.task_names() for task in MINIATURE_TASKS[name].tasks}
+        except InputError as error:
+            raise wrong("miniature.tasks", str(error)) from None
         if e.sweep and made[0] in Path(e.sweep.data).absolute().parents:
             for task in e.sweep.tasks:
-                if task in MINIATURE_TASKS and task not in written:
-                    raise wrong("miniature.tasks", f"lacks {task}, which sweep.tasks looks for in {e.sweep.data}")
+                if (name := task.partition("-")[0]) in MINIATURE_TASKS and name not in written:
+                    raise wrong("miniature.tasks", f"lacks {name}, which sweep.tasks looks for in {e.sweep.data}")
 
     def exists(path: str, value: str) -> None:
         here = Path(value).absolute()
