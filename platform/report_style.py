@@ -109,5 +109,4 @@ for (const table of document.querySelectorAll('table.sortable')) {
 }
 const all = document.getElementById('all-published');
 if (all) all.addEventListener('change', () => document.getElementById('scores').classList.toggle('all', all.checked));
-addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(part => { part.open = true; }));
 """
