@@ -31,7 +31,6 @@ MAX_PARAMETER, MAX_TAG, MAX_NAME = 6000, 8000, 250  # characters; MLflow's own l
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 PATIENCE_S = 300.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
-MOST_SHARED_VIEWS = 20
 
 logger = logging.getLogger("copernicus.tracking")
 T = TypeVar("T")
@@ -274,6 +273,52 @@ class Tracker:
 
     def run_link(self, run: Run) -> str:
         return f"{self.page}/#/experiments/{self.experiment_id}/runs/{run.id}?{TRAINING}"
+
+    def runs_link(self, search: str, order_by: str = "metrics.`score`", ascending: bool = False) -> str:
+        """A page of the runs that ``search`` finds, such as ``tags.task = 'eurosat_s2' and tags.role = 'final'``.
+
+        In the page's own order, by creation, runs are folded into their parents, found or not: hence an order by a metric,
+        in which they are a plain list.
+        """
+        asked = {"searchFilter": search, "orderByKey": order_by, "orderByAsc": str(ascending).lower()}
+        query = "&".join(f"{key}={quote(value, safe='')}" for key, value in asked.items())
+        return f"{self.page}/#/experiments/{self.experiment_id}/runs?{query}&{TRAINING}"
+
+    def view_link(
+        self,
+        key: str,
+        search: str,
+        parameters: Sequence[str] = ("task", "encoder", "lr"),
+        metric: str = "score",
+        tags: Sequence[str] = ("role", "seed"),
+        group_by: Sequence[str] = (),
+        chart: bool = False,
+    ) -> str:
+        """A page of runs made ready, as the page's own "share" makes one: columns of the parameters, tags and the metric,
+        runs grouped by parameters if wanted; with ``chart``, parallel coordinates of the parameters and the metric.
+
+        The view is kept in the experiment under ``key``; another of the same key takes its place. A page of MLflow holds
+        100 runs, the chart those that the page holds: give a ``search`` that finds no more, or press "Load more".
+        """
+        section = {"uuid": "sweep", "name": "Sweep", "display": True, "isReordered": False, "deleted": False}
+        coordinates = {
+            "type": "PARALLEL", "uuid": "coordinates", "metricSectionId": "sweep", "deleted": False, "isGenerated": False,
+            "selectedParams": list(parameters), "selectedMetrics": [metric], "showAllRuns": True, "runsCountToCompare": 10,
+        }  # fmt: skip
+        columns = [f"params.`{p}`" for p in parameters] + [f"metrics.`{metric}`"] + [f"tags.`{t}`" for t in tags]
+        groups = [{"mode": "param", "groupByData": name} for name in group_by]
+        state = {
+            "searchFilter": search, "orderByKey": f"metrics.`{metric}`", "orderByAsc": False, "startTime": "ALL",
+            "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
+            "selectedColumns": ["attributes.`Duration`", *columns],
+            "groupBy": {"aggregateFunction": "average", "groupByKeys": groups} if groups else None,
+            "compareRunSections": [section], "compareRunCharts": [coordinates],
+        }  # fmt: skip
+        tag = f"mlflow.sharedViewState.{key}"
+        self.patiently(lambda: self.client.set_experiment_tag(self.experiment_id, tag, json.dumps(state)))
+        mode = "&compareRunsMode=CHART" if chart else ""
+        address = f"{self.page}/#/experiments/{self.experiment_id}/runs"
+        return f"{address}?viewStateShareKey={quote(key, safe='')}{mode}&{TRAINING}"
 
     def compare_link(self, run_ids: Sequence[str]) -> str:
         """A page that shows these runs side by side; its plot opens on the metric that was recorded first."""
