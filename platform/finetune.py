@@ -105,7 +105,8 @@ class Tuned(nn.Module):
 
     def forward(self, inputs: list, size: tuple[int, int] | None = None) -> Any:
         """As ``ImageSplit.load`` gives them -> logits (B, K); given the labels' size, what a dense head gives."""
-        levels = encode_images(self.encoder, self.task, *inputs, self.sensors)
+        images, metadata = inputs
+        levels = encode_images(self.encoder, self.task, images, metadata, self.sensors)
         return self.head(levels) if size is None else self.head(levels, size)
 
 
@@ -145,8 +146,8 @@ def run_finetune(
     first = np.zeros(1, np.int64)
     encoder.eval()
     with torch.no_grad():
-        inputs, _ = splits["train"].load(first, first, device)
-        dims = [level.shape[1] for level in encode_images(encoder, task, *inputs, sensors)]
+        (images, metadata), _ = splits["train"].load(first, first, device)
+        dims = [level.shape[1] for level in encode_images(encoder, task, images, metadata, sensors)]
     head = make_head(dims, task, settings, seed)
     model = Tuned(encoder, head, task, sensors).to(device)
     kept = None if folder is None else Path(folder)

@@ -35,9 +35,12 @@ from copernicus.datasets.sensors import InputError
 
 
 class Metrics(Protocol):
-    """Statistics of some samples. ``known`` counts the targets (samples, labels or pixels) that entered."""
+    """Statistics of some samples."""
 
-    known: int
+    @property
+    def known(self) -> int:
+        """How many targets (samples, labels or pixels) entered."""
+        ...
 
     def update(self, scores: Tensor, target: Tensor) -> None:
         """Add a batch."""
