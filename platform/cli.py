@@ -242,7 +242,10 @@ def verify(
 
 @data.command()
 def fetch(
-    tasks: Annotated[list[str], typer.Argument(help="Tasks of Copernicus-Bench, or all.", metavar="TASK...")],
+    tasks: Annotated[
+        list[str],
+        typer.Argument(help="Tasks of Copernicus-Bench, levels (L1), satellites (s3), or all.", metavar="TASK..."),
+    ],
     out: Annotated[Path, typer.Option(help="The benchmark's folder.")],
     revision: Annotated[
         str | None,

@@ -23,7 +23,8 @@ from typing import Any
 
 from rich.console import Console
 
-from copernicus.datasets.bench.archive import ARCHIVES, REPOSITORY, Archive, ArchiveError, archives_of, contents, unpack
+from copernicus.datasets.bench.archive import REPOSITORY, Archive, ArchiveError, archives_of, contents, unpack
+from copernicus.datasets.bench.tasks import select_tasks
 from copernicus.datasets.sensors import InputError
 from copernicus.datasets.storage import File, Stamp, open_file
 from copernicus.platform.run import locked, progress_bar, write_atomically
@@ -84,7 +85,7 @@ def fetch_command(
     """Fetch what these tasks need and is not there yet, and print what came of it.
 
     Args:
-        tasks: names of tasks.
+        tasks: names of tasks, levels, satellites, or all.
         out: the benchmark's root, to be made where it is not there.
         revision: of the repository on the hub; None: that of the published md5 sums.
         keep: keep the zips, in ``out``.
@@ -97,7 +98,8 @@ def fetch_command(
     out = out.absolute()
     if blocking := [path for path in (out, *out.parents) if path.is_file()]:
         raise InputError(f"--out {out}: {blocking[0]} is a file; give a folder")
-    archives = ARCHIVES if "all" in tasks else archives_of(tasks)
+    tasks = select_tasks(tasks)
+    archives = archives_of(tasks)
     todo = [archive for archive in archives if not _is_there(archive, out, revision, console)]
     plans = [_plan(archive, out, revision) for archive in todo]
     if plans:

@@ -7,14 +7,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import rasterio
-from bench_files import write_cloud, write_eurosat, write_flood, write_no2
+from bench_files import noise_bench, noise_lcz, write_cloud, write_eurosat, write_flood, write_no2
 from test_run import copernicus
 
-from copernicus.datasets.bench.tasks import TASKS
+from copernicus.datasets.bench.tasks import TASKS, VARIANTS, get_task
 from copernicus.datasets.bench.verify import (
     SCHEMA,
     Row,
@@ -53,7 +54,7 @@ def bench(sound, tmp_path) -> Path:
 def verified(folder: Path, name: str) -> list[Row]:
     """All rows of a task, without Ray."""
     rows = []
-    for split in TASKS[name].splits:
+    for split in get_task(name).splits:
         row, entries = list_split(name, folder, split)
         rows += [row, *verify_samples(name, folder, split, entries)]
     compare(rows)
@@ -89,8 +90,8 @@ def entries(folder: Path, name: str, split: str = "train") -> list[str]:
 
 
 def test_tasks_are_found_from_above_and_from_within(sound, tmp_path):
-    four = ["cloud_s3", "eurosat_s2", "flood_s1", "aq_no2_s5p"]
-    assert sorted(find_tasks(sound)) == sorted(four)
+    assert find_tasks(sound) == ["cloud_s3", "eurosat_s2", "flood_s1", "aq_no2_s5p"]
+    assert find_tasks(sound / "airquality_s5p") == ["aq_no2_s5p"]
     assert find_tasks(sound / "cloud_s3") == ["cloud_s3"]  # its split files are called like those of other tasks
     assert find_tasks(sound / "airquality_s5p" / "no2") == ["aq_no2_s5p"]
     shutil.copytree(sound / "eurosat_s2", tmp_path / "mine")
@@ -109,10 +110,49 @@ def test_sound_tasks(sound, name):
     assert rows[0].notes["subset"] == f"3 samples, published are {TASKS[name].splits['train']}"
     assert from_table(to_table(rows)) == rows
     one = rows[1]
-    record = TASKS[name].open(sound, "train")._records[0]
+    record = TASKS[name].open(sound, "train")._samples.records[0]
     values = np.concatenate([rasterio.open(path).read() for date in record.images for path in date]).astype(np.float64)
     assert one.finite == pytest.approx(np.isfinite(values).mean())
     assert (one.low, one.high) == pytest.approx((np.nanmin(values), np.nanmax(values)))
+
+
+def test_all_tasks_and_their_variants(tmp_path):
+    noise_bench(tmp_path)
+    found = find_tasks(tmp_path)
+    assert found == [name for task in TASKS for name in (task, *(v for v in VARIANTS if v.startswith(f"{task}-")))]
+    for name in found:
+        rows = verified(tmp_path, name)
+        assert faults(rows) == {}, name
+        assert [row.split for row in rows if not row.sample] == ["train", "val", "test"]
+        assert sum(row.sample != "" for row in rows) == sum(len(get_task(name).open(tmp_path, s)) for s in COUNTS)
+    assert find_tasks(tmp_path / "lc100_s3") == [n for n in found if n.startswith("lc100")]
+    shutil.copytree(tmp_path / "airquality_s5p" / "o3", tmp_path / "other" / "mine")
+    assert find_tasks(tmp_path / "other" / "mine") == ["aq_o3_s5p", "aq_o3_s5p-seasonal"]  # by the names in its lists
+    shutil.rmtree(tmp_path / "bigearthnet_s1s2" / "BigEarthNet-S1-5%")
+    assert "bigearthnet_s1" not in find_tasks(tmp_path)
+    assert "bigearthnet_s2" in find_tasks(tmp_path)
+
+
+def test_tables(tmp_path):
+    noise_lcz(tmp_path / "lcz_s1s2", count=3)
+    with h5py.File(tmp_path / "lcz_s1s2" / "lcz_train.h5", "a") as file:
+        file["sen2"][1] = np.nan
+        file["label"][2] = 1
+        file["sen2"][2] = file["sen2"][0]
+    with (
+        h5py.File(tmp_path / "lcz_s1s2" / "lcz_test.h5", "a") as file,
+        h5py.File(tmp_path / "lcz_s1s2" / "lcz_train.h5") as train,
+    ):
+        file["sen2"][0] = train["sen2"][0]
+    os.truncate(tmp_path / "lcz_s1s2" / "lcz_val.h5", 1000)
+    rows = verified(tmp_path, "lcz_s2")
+    assert faults(rows) == {
+        ("train", "train_000001"): {"all_nan"},
+        ("train", "train_000002"): {"refused"},
+        ("val", ""): {"bad_split"},
+    }
+    assert notes(rows) == {("test", "test_000000"): {"same_pixels"}}
+    assert all("lcz_" in detail for row in rows for detail in row.faults.values())
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -121,10 +161,10 @@ def test_sound_tasks(sound, name):
 def test_each_broken_file_is_named_and_stops_no_other(bench):
     root = bench / "cloud_s3"
     names = entries(bench, "cloud_s3")
-    (root / "s3_olci" / names[0]).write_bytes(b"not a GeoTIFF")
-    cut = root / "cloud_multi" / names[1]
+    (root / "s3_olci" / f"{names[0]}.tif").write_bytes(b"not a GeoTIFF")
+    cut = root / "cloud_multi" / f"{names[1]}.tif"
     cut.write_bytes(cut.read_bytes()[:400])
-    (root / "s3_olci" / names[2]).unlink()
+    (root / "s3_olci" / f"{names[2]}.tif").unlink()
     rows = verified(bench, "cloud_s3")
     assert faults(rows) == {
         ("train", names[0]): {"unreadable"},
@@ -132,9 +172,9 @@ def test_each_broken_file_is_named_and_stops_no_other(bench):
         ("train", names[2]): {"missing_file"},
     }
     details = {row.sample: next(iter(row.faults.values())) for row in rows if row.faults}
-    assert str(root / "s3_olci" / names[0]) in details[names[0]]
+    assert str(root / "s3_olci" / f"{names[0]}.tif") in details[names[0]]
     assert str(cut) in details[names[1]]
-    assert str(root / "s3_olci" / names[2]) in details[names[2]]
+    assert str(root / "s3_olci" / f"{names[2]}.tif") in details[names[2]]
     assert len([row for row in rows if row.sample]) == sum(COUNTS.values())
 
 
@@ -143,15 +183,15 @@ def test_each_broken_file_is_named_and_stops_no_other(bench):
     [
         ("s3_olci", lambda x: x[:20], "wrong_bands"),
         ("s3_olci", lambda x: np.full_like(x, np.nan), "all_nan"),
-        ("cloud_multi", lambda x: np.concatenate([x, x]), "wrong_bands"),
+        ("cloud_multi", lambda x: np.concatenate([x, x]), "unreadable"),
         ("cloud_multi", lambda x: x + 40, "unknown_codes"),
-        ("cloud_multi", lambda x: x[:, :30], "label_size"),
+        ("cloud_multi", lambda x: x[:, :47], "label_size"),
         ("cloud_multi", lambda x: x[:, ::2, ::2], "label_size"),
     ],
 )
 def test_faults(bench, file, change, reason):
     name = entries(bench, "cloud_s3")[1]
-    rewrite(bench / "cloud_s3" / file / name, change)
+    rewrite(bench / "cloud_s3" / file / f"{name}.tif", change)
     rows = verified(bench, "cloud_s3")
     assert faults(rows) == {("train", name): {reason}}
     (detail,) = (row.faults[reason] for row in rows if row.faults)
@@ -164,12 +204,11 @@ def test_faults(bench, file, change, reason):
         ("s3_olci", np.ones_like, "constant"),
         ("s3_olci", lambda x: np.where(np.arange(48) < 40, np.nan, x).astype(np.float32), "some_nan"),
         ("cloud_multi", np.zeros_like, "no_label"),
-        ("cloud_multi", lambda x: x[:, :47], "label_pixels"),
     ],
 )
 def test_notes(bench, file, change, reason):
     name = entries(bench, "cloud_s3")[1]
-    rewrite(bench / "cloud_s3" / file / name, change)
+    rewrite(bench / "cloud_s3" / file / f"{name}.tif", change)
     rows = verified(bench, "cloud_s3")
     assert faults(rows) == {}
     assert notes(rows) == {("train", name): {reason}}
@@ -182,8 +221,8 @@ def test_a_regression_without_a_known_value_and_dates_of_other_sizes(bench):
     flood = next((bench / "flood_s1").rglob("train0001/SL1_IVH*.tif"))
     rewrite(flood, lambda x: x[:, :20])
     rows = verified(bench, "flood_s1")
-    assert faults(rows) == {("train", "train0001"): {"refused"}}
-    (detail,) = (row.faults["refused"] for row in rows if row.faults)
+    assert faults(rows) == {("train", "train0001"): {"unreadable"}}
+    (detail,) = (row.faults["unreadable"] for row in rows if row.faults)
     assert str(flood) in detail
 
 
@@ -229,7 +268,7 @@ def test_a_class_that_is_none(bench):
 
 def test_the_command(bench, tmp_path):
     name = entries(bench, "cloud_s3")[0]
-    os.truncate(bench / "cloud_s3" / "s3_olci" / name, 100)
+    os.truncate(bench / "cloud_s3" / "s3_olci" / f"{name}.tif", 100)
     output = copernicus(tmp_path, "data", "verify", "bench", "--out", "report.parquet", code=1)
     assert "faults in 1 of the report's rows: report.parquet" in output
     assert "Traceback" not in output

@@ -5,13 +5,15 @@ harmless.
 
 Faults of a split: missing_split (no such split file), bad_split (it is not as expected). Of a sample:
 
-    missing_file    a file that the split file lists is not there
+    missing_file    a file is not there, no image is named for a place, or a name leads out of the folder
     unknown_class   the split file names a class that the task does not have
-    unreadable      a file that cannot be read as a GeoTIFF
-    wrong_bands     an image or a label with another number of bands
+    other_task      it lists a sample of another task
+    unreadable      a file that cannot be read as what it should be: a GeoTIFF, of one band where it is a label, all of
+                    an image of one size, with a date in its name that is one
+    wrong_bands     an image with another number of bands
     all_nan         an image without a finite value
     unknown_codes   a label with codes that the task does not have
-    label_size      a label that does not fit its image, by more than 5 % of its sides
+    label_size      a label that does not fit its image
     refused         anything else that the task's reader does not take
     not_finite      the reader gave an image with NaN or infinity
     listed_twice    the split file lists it before (`compare`)
@@ -19,31 +21,30 @@ Faults of a split: missing_split (no such split file), bad_split (it is not as e
 
 Notes: subset, superset (fewer or more samples than published), other_size (not the published number of pixels), constant (an
 image of one number), some_nan (less than half of the values are finite), no_label (no pixel with a known label), no_date,
-label_pixels (a label that fits its image, but not pixel by pixel), same_pixels (another sample has the very same image).
+same_pixels (another sample has the very same image).
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import rasterio
-from rasterio.errors import RasterioError
 
-from copernicus.datasets.bench.reader import GDAL_OPTIONS, UNKNOWN_TARGET, TaskDataset
-from copernicus.datasets.bench.task import Entry, Task
-from copernicus.datasets.bench.tasks import TASKS, get_task
+from copernicus.datasets.bench.geotiffs import Stored
+from copernicus.datasets.bench.raster import Raster
+from copernicus.datasets.bench.reader import UNKNOWN_TARGET, TaskDataset
+from copernicus.datasets.bench.splits import Entry
+from copernicus.datasets.bench.task import Task
+from copernicus.datasets.bench.tasks import TASKS, VARIANTS, get_task
 from copernicus.datasets.sensors import InputError
 
 LOW_FINITE = 0.5
-TOLERANCE = 0.05
-"""Of a label's sides against its image's."""
 
 _SAID = pa.list_(pa.struct([("reason", pa.string()), ("detail", pa.string())]))
 SCHEMA = pa.schema([
@@ -51,8 +52,8 @@ SCHEMA = pa.schema([
     ("notes", _SAID), ("dtype", pa.string()), ("shape", pa.list_(pa.int32())), ("finite", pa.float64()),
     ("min", pa.float64()), ("max", pa.float64()), ("digest", pa.string()),
 ])  # fmt: skip
-"""Of the report. ``dtype``, ``shape`` (bands, height, width): of the first image's first file; ``finite``: share of all
-images' values; ``min``, ``max``: as stored; ``digest``: of what the reader makes of the image."""
+"""Of the report. ``dtype``, ``shape`` (bands, height, width): of the first image; ``finite``: share of all images' values;
+``min``, ``max``: as stored; ``digest``: of what the reader makes of the images."""
 
 
 @dataclass
@@ -109,54 +110,83 @@ def _said(reasons: dict[str, str]) -> list[dict[str, str]]:
 
 
 def find_tasks(folder: Path) -> list[str]:
-    """Names of the tasks that lie in a folder: in folders named as published, or in the folder itself.
+    """Names of the tasks that lie in a folder, in folders named as published or in the folder itself, each followed by its
+    variants (`VARIANTS`) whose files are there.
 
     Raises:
         InputError: the folder is the root of a task, and nothing in it tells of which.
     """
-    named = [task for task in TASKS.values() if (folder / task.directory).is_dir()]
+    roots = {task.name: root for task in TASKS.values() if (root := _below(task, folder)) is not None}
     # Where tasks share a folder, those whose images are there.
-    with_images = {task.directory for task in named if _has_images(task, folder / task.directory)}
-    found = [t for t in named if t.directory not in with_images or _has_images(t, folder / t.directory)]
-    if not found:
-        found = _tasks_rooted_at(folder)
-    return [task.name for task in found]
+    with_images = {TASKS[name].directory for name, root in roots.items() if _has_files(TASKS[name], root)}
+    found = [
+        task
+        for task in TASKS.values()
+        if task.name in roots and (task.directory not in with_images or _has_files(task, roots[task.name]))
+    ]
+    rooted = _rooted_at(folder)
+    found = (
+        found + [task for task in rooted if task.listing is None and task not in found]
+        if found
+        else _one_of(rooted, folder)
+    )
+    return [name for task in found for name in (task.name, *_variants(task, roots.get(task.name, folder)))]
 
 
-def _has_images(task: Task, root: Path) -> bool:
-    return all((root / name).is_dir() for name in _first_folders(task))
+def _below(task: Task, folder: Path) -> Path | None:
+    """The task's own folder below this one, called as published or as the last part of that."""
+    parts = Path(task.directory).parts
+    below = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
+    return next((root for root in below if root.is_dir()), None)
 
 
-def _first_folders(task: Task) -> set[str]:
-    """Of the files' paths, as far as they are the same for all samples."""
+def _variants(task: Task, root: Path) -> list[str]:
+    return [v.name for v in VARIANTS.values() if v.name.startswith(f"{task.name}-") and _has_files(v, root)]
+
+
+def _has_files(task: Task, root: Path) -> bool:
+    return bool(_folders(task)) and all((root / name).is_dir() for name in _folders(task))
+
+
+def _folders(task: Task) -> set[str]:
+    """The first folders of the paths of images and labels, where they are the same for all samples."""
     templates = [*(name for date in task.images for name in date), task.label_file]
     return {name.partition("/")[0] for name in templates if "/" in name and "{" not in name.partition("/")[0]}
 
 
-def _tasks_rooted_at(folder: Path) -> list[Task]:
-    path = folder.resolve()
-    found = []
-    for task in TASKS.values():
-        if all((folder / task.split_file.format(split)).is_file() for split in task.splits) and _has_images(
-            task, folder
-        ):
-            found.append(task)
-    if len({task.directory for task in found}) < 2:
-        return found
-    if called := [task for task in found if path.parts[-1:] == Path(task.directory).parts[-1:]]:
-        return called
-    fitting = [task for task in found if _opens(task, folder)]
-    if len({task.directory for task in fitting}) < 2:
-        return fitting
-    names = " or ".join(task.name for task in fitting)
-    raise InputError(f"{folder} may be {names}: give it its published name ({fitting[0].directory}, ...)")
+def _rooted_at(folder: Path) -> list[Task]:
+    """Tasks whose split files and folders are in this folder itself. Several have them alike."""
+    return [
+        task
+        for task in TASKS.values()
+        if any((folder / task.split_file.format(split)).is_file() for split in task.splits)
+        and (_has_files(task, folder) or task.listing is None)
+    ]
 
 
-def _opens(task: Task, folder: Path) -> bool:
-    try:
-        return bool(task.open(folder, "train")[0])
-    except InputError:
-        return False
+def _one_of(tasks: list[Task], folder: Path) -> list[Task]:
+    """Those of one directory: called like the folder, or the only ones whose samples can be read."""
+    called = folder.resolve().name
+    for chosen in (
+        tasks,
+        [task for task in tasks if called == Path(task.directory).name],
+        [task for task in tasks if _reads(task, folder)],
+    ):
+        if len({task.directory for task in chosen}) == 1:
+            return chosen
+    if tasks:
+        names = " or ".join(task.name for task in tasks)
+        raise InputError(f"{folder} may be {names}: give it its published name ({tasks[0].directory}, ...)")
+    return []
+
+
+def _reads(task: Task, folder: Path) -> bool:
+    for split in task.splits:
+        try:
+            return bool(task.open(folder, split)[0])
+        except InputError:
+            continue
+    return False
 
 
 def list_split(name: str, folder: Path, split: str) -> tuple[Row, list[Entry]]:
@@ -164,12 +194,16 @@ def list_split(name: str, folder: Path, split: str) -> tuple[Row, list[Entry]]:
     task, row = get_task(name), Row(name, split)
     try:
         path = task.find_root(folder, split) / task.split_file.format(split)
-        entries = task.listing(path.read_text())
     except InputError as error:
         row.fault("missing_split", str(error))
         return row, []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        row.fault("bad_split", f"{path}: {error!r}")
+    try:
+        if task.listing is None:
+            entries = [Entry(sample, {}) for sample in task.open(folder, split).ids]
+        else:
+            entries = task.listing(path.read_text(encoding="utf-8-sig"))
+    except (InputError, OSError, ValueError, csv.Error) as error:
+        row.fault("bad_split", str(error) if isinstance(error, InputError) else f"{path}: {error}")
         return row, []
     published = task.splits[split]
     if not entries:
@@ -185,14 +219,14 @@ def verify_samples(name: str, folder: Path, split: str, entries: Sequence[Entry]
     task = get_task(name)
     rows = []
     for opened, part in _open(task, folder, split, entries):
-        for index, entry in enumerate(part):
+        number = {} if isinstance(opened, InputError) else {sample: i for i, sample in enumerate(opened.ids)}
+        for entry in part:
             row = Row(name, split, entry.id)
             if isinstance(opened, InputError):
-                unknown = entry.label and entry.label not in task.classes
-                row.fault("unknown_class" if unknown else "missing_file", str(opened))
+                row.fault(_not_opened(task, entry), str(opened))
             else:
                 try:
-                    _check_sample(opened, index, row)
+                    _check_sample(opened, number[entry.id], row)
                 except Exception as error:  # whatever a file does to its reader, the others are read
                     row.fault("refused", f"{type(error).__name__}: {error}")
             rows.append(row)
@@ -212,11 +246,12 @@ class _Listed:
 def _open(
     task: Task, folder: Path, split: str, entries: Sequence[Entry]
 ) -> Iterator[tuple[TaskDataset | InputError, Sequence[Entry]]]:
-    """The entries in parts that can be opened, or single ones that cannot: a reader opens all of a split or none."""
+    """The entries in parts that can be opened, or single ones that cannot: a reader opens all that is listed or nothing."""
     if not entries:
         return
+    listing = None if task.listing is None else _Listed(tuple(entries))
     try:
-        yield dataclasses.replace(task, listing=_Listed(tuple(entries))).open(folder, split), entries
+        yield dataclasses.replace(task, listing=listing).open(folder, split), entries
     except InputError as error:
         if len(entries) == 1:
             yield error, entries
@@ -226,120 +261,78 @@ def _open(
         yield from _open(task, folder, split, entries[half:])
 
 
+def _not_opened(task: Task, entry: Entry) -> str:
+    if entry.label and entry.label not in task.classes:
+        return "unknown_class"
+    return "other_task" if task.foreign and task.foreign in entry.id else "missing_file"
+
+
 def _check_sample(dataset: TaskDataset, index: int, row: Row) -> None:
-    task, record = dataset.task, dataset._records[index]
-    images = [_check_image(task, paths, row) for paths in record.images]
-    values = sum(image.values for image in images)
-    row.finite = sum(image.finite for image in images) / values if values else None
-    if record.label is not None:
-        _check_label(task, record.label, images[0].size, row)
+    task = dataset.task
+    try:
+        stored = dataset._samples.read(index)
+    except InputError as error:
+        return row.fault("unreadable", str(error))
+    for raster, name in zip(stored.dates, stored.names, strict=True):
+        _check_image(task, raster, name, row)
+    values = sum(raster.values_Chw.size for raster in stored.dates)
+    row.finite = sum(int(np.isfinite(raster.values_Chw).sum()) for raster in stored.dates) / values
+    if isinstance(stored.target, np.ndarray):
+        _check_label(task, stored.target, stored.target_name, row)
     try:
         sample = dataset[index]
     except InputError as error:
-        if not row.faults:
-            row.fault("refused", str(error))
-        return
+        return None if row.faults else row.fault(_refused(task, stored), str(error))
     if not np.isfinite(sample["image"].numpy()).all():
-        row.fault("not_finite", "the reader's image has NaN or infinity")
-    if task.date_regex and sample["metadata"][..., 2].isnan().any():
-        row.note("no_date", "no file name tells it")
+        row.fault("not_finite", f"{stored.names[0]}: what a model is fed has NaN or infinity")
+    if task.date_regex and any(np.isnan(raster.days) for raster in stored.dates):
+        row.note("no_date", f"{stored.names[0]}: the name tells none")
     row.digest = hashlib.blake2b(sample["image"].numpy().tobytes(), digest_size=16).hexdigest()
+    return None
 
 
-@dataclass
-class _Image:
-    """``size``: height and width, None where it could not be read; how many ``values`` it has, and how many ``finite``."""
-
-    size: tuple[int, int] | None
-    values: int = 0
-    finite: int = 0
-
-
-def _read(path: Path, row: Row) -> tuple[np.ndarray, tuple[str | None, ...]] | None:
-    """A file's bands as stored, and their names; None, and a fault, where it cannot be read."""
-    try:
-        with rasterio.Env(**GDAL_OPTIONS), rasterio.open(path) as source:
-            return source.read(), source.descriptions
-    except (RasterioError, OSError) as error:
-        row.fault("unreadable", f"{path}: {error}")
-        return None
-
-
-def _check_image(task: Task, paths: Sequence[Path], row: Row) -> _Image:
-    """The files whose bands make the image of one date."""
-    arrays, names = [], []
-    for path in paths:
-        if (found := _read(path, row)) is None:
-            return _Image(None)
-        arrays.append(found[0])
-        names += found[1]
-    first = arrays[0]
+def _check_image(task: Task, raster: Raster, name: str, row: Row) -> None:
+    values_Chw = raster.values_Chw
+    height, width = values_Chw.shape[1:]
     if not row.dtype:
-        row.dtype, row.shape = first.dtype.name, first.shape
-    where = paths[0] if len(paths) == 1 else f"{paths[0]}, ..."
-    expected = task.file_bands or task.sensor.bands
-    if not set(task.sensor.bands) <= set(names) and len(names) != len(expected):
-        row.fault("wrong_bands", f"{where}: {len(names)} bands, expected {len(expected)}")
-    height, width = first.shape[1:]
+        row.dtype, row.shape = values_Chw.dtype.name, values_Chw.shape
     if (height, width) != (task.stored_size, task.stored_size):
         row.note("other_size", f"{height} x {width} pixels; published are {task.stored_size} x {task.stored_size}")
-    image = _Image((height, width), sum(a.size for a in arrays))
-    ranges = []
-    for values in arrays:
-        finite = values[np.isfinite(values)]
-        image.finite += finite.size
-        if finite.size:
-            ranges.append((float(finite.min()), float(finite.max())))
-    if not ranges:
-        row.fault("all_nan", f"{where} has no finite value")
-        return image
-    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-    row.low, row.high = (
-        min(low, math.inf if row.low is None else row.low),
-        max(high, -math.inf if row.high is None else row.high),
-    )
+    finite = values_Chw[np.isfinite(values_Chw)]
+    if not finite.size:
+        return row.fault("all_nan", f"{name} has no finite value")
+    low, high = float(finite.min()), float(finite.max())
+    row.low = low if row.low is None else min(low, row.low)
+    row.high = high if row.high is None else max(high, row.high)
     if low == high:
-        row.note("constant", f"{where}: all values are {low:g}")
-    if image.finite < LOW_FINITE * image.values:
-        row.note("some_nan", f"{where}: {image.finite / image.values:.1%} of the values are finite")
-    return image
+        row.note("constant", f"{name}: all values are {low:g}")
+    if finite.size < LOW_FINITE * values_Chw.size:
+        row.note("some_nan", f"{name}: {finite.size / values_Chw.size:.1%} of the values are finite")
+    return None
 
 
-def _check_label(task: Task, path: Path, size: tuple[int, int] | None, row: Row) -> None:
-    if (found := _read(path, row)) is None:
-        return
-    label_Chw = found[0]
-    if len(label_Chw) != 1:
-        row.fault("wrong_bands", f"{path}: {len(label_Chw)} bands, a label has 1")
-        return
-    label_hw = label_Chw[0]
-    if size is not None:
-        _check_size(task, path, label_hw.shape, size, row)
+def _check_label(task: Task, label_hw: np.ndarray, name: str, row: Row) -> None:
+    """All of it: a reader that makes it smaller does not see every pixel."""
     if task.label_codes is None:
-        with np.errstate(invalid="ignore"):
-            known = np.abs(label_hw.astype(np.float64)) <= UNKNOWN_TARGET
+        known = np.abs(label_hw.astype(np.float64)) <= UNKNOWN_TARGET
     else:
-        codes = np.unique(label_hw)
-        if unknown := [float(code) for code in codes if code not in task.label_codes]:
-            row.fault("unknown_codes", f"{path}: {unknown[:10]}; expected {sorted(task.label_codes)}")
+        if unknown := [float(code) for code in np.unique(label_hw) if code not in task.label_codes]:
+            row.fault("unknown_codes", f"{name}: {unknown[:10]}; expected {sorted(task.label_codes)}")
         ignored = [code for code, target in task.label_codes.items() if target == task.ignore_index]
         known = ~np.isin(label_hw, ignored)
     if not known.any():
-        row.note("no_label", f"{path}: no pixel with a known label")
+        row.note("no_label", f"{name}: no pixel with a known label")
 
 
-def _check_size(task: Task, path: Path, label: tuple[int, ...], image: tuple[int, int], row: Row) -> None:
-    """Labels have the image's pixels, or those of the size that a model is fed with (Sentinel-3 at 96, labels at 288)."""
-    finer = max(1, task.input_size // task.stored_size)
-    for scale in (1, finer):
-        wanted = (image[0] * scale, image[1] * scale)
-        if label == wanted:
-            return
-        if all(abs(have / want - 1) <= TOLERANCE for have, want in zip(label, wanted, strict=True)):
-            row.note("label_pixels", f"{path}: {label[0]} x {label[1]} pixels, the image has {image[0]} x {image[1]}")
-            return
-    times = "" if finer == 1 else f" or {finer} times as many"
-    row.fault("label_size", f"{path}: {label[0]} x {label[1]} pixels, the image has {image[0]} x {image[1]}{times}")
+def _refused(task: Task, stored: Stored) -> str:
+    """What to call it that the reader does not take a sample whose files can be read."""
+    bands = len(task.file_bands or task.sensor.bands)
+    if any(len(raster.values_Chw) != bands for raster in stored.dates):
+        return "wrong_bands"
+    label = stored.target
+    if isinstance(label, np.ndarray) and any(raster.values_Chw.shape[1:] != label.shape for raster in stored.dates):
+        return "label_size"
+    return "refused"
 
 
 def compare(rows: Sequence[Row]) -> None:
