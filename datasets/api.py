@@ -2,7 +2,7 @@
 
 from copernicus.datasets.bench.reader import TaskDataset
 from copernicus.datasets.bench.task import Task
-from copernicus.datasets.bench.tasks import TASKS, get_task
+from copernicus.datasets.bench.tasks import TASKS, get_task, select_tasks
 from copernicus.datasets.sensors import METADATA_FIELDS, SENSORS, InputError, Sensor, get_sensor
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "TaskDataset",
     "get_sensor",
     "get_task",
+    "select_tasks",
 ]

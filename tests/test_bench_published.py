@@ -148,13 +148,14 @@ def cloud_s3(root: Path, index: int, labels: str = "cloud_multi") -> Expected:
 
 
 def eurosat(root: Path, index: int) -> Expected:
-    name = (root / "eurosat-val.txt").read_text().split()[index].replace(".jpg", ".tif")
+    listed = (root / "eurosat-val.txt").read_text().split()
+    name = listed[index].replace(".jpg", ".tif")
     image = root / "all_imgs" / name.split("_")[0] / name
     if root.name.endswith("s1"):
         x = normalise(read(image), S1)
     else:
         x = normalise(read(image)[[EUROSAT_FILE_BANDS.index(band) for band in S2_BANDS]], S2)
-    target = {"Residential": 7, "AnnualCrop": 0}[name.split("_")[0]]
+    target = sorted({line.split("_")[0] for line in listed}).index(name.split("_")[0])
     return resize(x, 224, bilinear_matrix), np.array(target), metadata(place(image), None, AREA_10M)
 
 

@@ -58,6 +58,7 @@ class GeoTiffSamples:
             entries = _name_images(task, entries, *self.lists)
         self.records = _find_files(task, root, entries, self.lists[0])
         self.ids = [record.entry.id for record in self.records]
+        self.listed_classes = tuple(sorted({entry.label for entry in entries if entry.label}))
 
     def files(self) -> list[Path]:
         return [*self.lists, *(path for record in self.records for path in record.files())]

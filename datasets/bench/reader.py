@@ -163,6 +163,8 @@ class TaskDataset(Sequence):
 
     def _published_target(self, stored: Stored) -> torch.Tensor:
         if isinstance(stored.target, tuple):
+            if listed := self._samples.listed_classes:  # the rank of the class among those that the split lists
+                return torch.tensor(listed.index(self.task.classes[int(np.argmax(stored.target))]))
             return self._labels(stored.target)
         label_hw = self._checked(stored)
         if self.task.published_label == "bicubic":  # unknown values are not looked for, and spread

@@ -48,6 +48,7 @@ class TableSamples:
             )
         if not images[0]:
             raise InputError(f"{task.name}: {self.path} holds no samples")
+        self.listed_classes: tuple[str, ...] = ()  # no list names any
         self.ids = [f"{split}_{row:06d}" for row in range(images[0])]
 
     def files(self) -> list[Path]:

@@ -30,11 +30,12 @@ cloud_s3               stored code - 1 as 8 bits: 255 becomes     255 is ignored
                        254, which no head has
 lc100seg_s3            codes that are none become class 0,        255, the fill value, is ignored, other     lc100seg
                        Unknown                                    codes are refused
+eurosat_*              class ids: ranks among the names that the  ranks among all ten names                   eurosats1,
+                       split lists (all ten, where it is whole)                                               eurosats2
 lcz_s2                 first of the largest of a label's row      a row that is not one-hot is refused        lczs12
 =====================  =========================================  ==========================================  ==========
 
-Both presets: class ids of EuroSAT are the alphabetical ranks of the ten names (the published code ranks the names that
-a split file lists: all ten in the published ones); the time of an air-quality image is the first day of its period;
+Both presets: the time of an air-quality image is the first day of its period;
 missing values are 0 in Sentinel-3 and -5P, in flood_s1 the upper clamp; dfc2020 has no place, whatever its files say. A
 series has its images in order of time, as many as there are: the published code fills up to four with the last one, in
 whatever order the folder lists them, and its transforms then stop with an error, so there are no published figures.
