@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import sys
 from pathlib import Path
@@ -79,20 +78,42 @@ def check(
 @app.command()
 def leaderboard(
     folders: Annotated[
-        list[Path], typer.Argument(help="Folders of finished sweeps, such as runs/quickstart-1a2b3c4d.")
-    ],
+        list[Path] | None, typer.Argument(help="Folders of finished sweeps, such as runs/quickstart-1a2b3c4d.")
+    ] = None,
+    mlflow: Annotated[str | None, typer.Option(help="Rebuild it from this MLflow store or server instead.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="MLflow: the experiment (else all are searched).")] = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="MLflow: name or id of a sweep; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write it to: HTML, Markdown, CSV, JSON, PNG.")] = None,
 ) -> None:
-    """Print the leaderboard of finished sweeps, together where several are given."""
-    from copernicus.platform.leaderboard import Leaderboard
-    from copernicus.platform.run import read_leaderboard
+    """Print the leaderboard of sweeps, together where several are given; from their folders, or from MLflow alone."""
+    from copernicus.datasets.sensors import InputError
+    from copernicus.platform.board_files import read_leaderboard, write_leaderboard
+    from copernicus.platform.leaderboard import join
+    from copernicus.platform.tables import terminal
 
-    scores = tuple(
-        # Encoders of one name in two experiments are two encoders.
-        dataclasses.replace(score, encoder=f"{folder.name}/{score.encoder}") if len(folders) > 1 else score
-        for folder in folders
-        for score in read_leaderboard(folder).scores
-    )
-    console().print(Leaderboard(scores).table())
+    if bool(folders) == bool(mlflow):
+        raise InputError("leaderboard: give folders of sweeps, or --mlflow with the URI of a store")
+    if mlflow:
+        from copernicus.platform.tracking_read import read_mlflow
+
+        title, board = read_mlflow(mlflow, experiment, sweep or [])
+    else:
+        assert folders
+        for option, value in (("experiment", experiment), ("sweep", sweep)):
+            if value:
+                raise InputError(f"--{option} chooses among what --mlflow names; folders are given as they are")
+        # By name as long as that tells them apart.
+        paths = {str(folder): folder for folder in folders}
+        names = {folder.absolute().name for folder in paths.values()}
+        short = len(names) == len(paths)
+        boards = {folder.absolute().name if short else name: read_leaderboard(folder) for name, folder in paths.items()}
+        title, board = " + ".join(boards), join(boards)
+    screen = console()
+    for shown in terminal(board):
+        screen.print(shown)
+    if out is not None:
+        files = write_leaderboard(board, out, title)
+        screen.print(f"Written to {out}: {', '.join(f.name for f in files)}", highlight=False, markup=False)
 
 
 @app.command()
@@ -201,15 +222,43 @@ def index(
 
 @data.command()
 def verify(
-    shards: Annotated[list[str], typer.Argument(help="Brace patterns, folders, globs; local, s3://, gs://, hf://.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            help="Shards: brace patterns, folders, globs; local, s3://, gs://, hf://. Or folders of Copernicus-Bench.",
+            metavar="SHARDS|FOLDER...",
+        ),
+    ],
     out: Annotated[str, typer.Option(help="The report, a parquet file.")] = "verify.parquet",
 ) -> None:
-    """Read every member of the shards whole and check it. Resumes. Exit code 1 where there are faults."""
+    """Read every member of the shards (this resumes), or every sample of the benchmark's tasks in a folder, whole, and check
+    it. Exit code 1 where there are faults."""
     from copernicus.platform.data_jobs import verify_command
 
-    if faulty := verify_command(shards, out, console()):
+    if faulty := verify_command(places, out, console()):
         _complain(f"faults in {faulty} of the report's rows: {out}, where `ok` is false")
         raise typer.Exit(1)
+
+
+@data.command()
+def fetch(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(help="Tasks of Copernicus-Bench, levels (L1), satellites (s3), or all.", metavar="TASK..."),
+    ],
+    out: Annotated[Path, typer.Option(help="The benchmark's folder.")],
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the hub's repository; md5 sums are published for the default one.", show_default="published"
+        ),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the zips.")] = False,
+) -> None:
+    """Download tasks of Copernicus-Bench from the Hugging Face hub, check and unpack them. The same command goes on."""
+    from copernicus.platform.fetch import fetch_command
+
+    fetch_command(tasks, out, console(), revision, keep)
 
 
 @data.command(context_settings={"ignore_unknown_options": True})
@@ -341,9 +390,14 @@ def _failed(error: Exception) -> int:
         return 2
     from copernicus.datasets.storage import StoreError
     from copernicus.platform.convert import ConvertFailed
+    from copernicus.platform.fetch import FetchFailed
     from copernicus.platform.pretrain import PretrainFailed
+    from copernicus.platform.spool import NotRecorded
     from copernicus.platform.sweep import SweepFailed
 
+    if isinstance(error, (FetchFailed, NotRecorded)):
+        _complain(f"{error}")
+        return 1
     if isinstance(error, ConvertFailed):
         _complain(f"{error}. The same command goes on where it stopped")
         return 1

@@ -318,12 +318,14 @@ def test_missing_and_unknown_values_by_preset(tmp_path):
 
     label = next((tmp_path / "lc100_s3/lc100").glob("*val*"))
     codes = read(label).astype(np.uint8)
-    codes[0, :9] = 77
+    codes[0, :9], codes[0, 9:] = 77, 255
     write_tif(label, codes, 4326, -70.25, -55.25, 0.000898)
     index = [label.stem in name for name in TASKS["lc100seg_s3"].open(tmp_path, "val").ids].index(True)
-    assert TASKS["lc100seg_s3"].open(tmp_path, "val", "published")[index]["target"][:80].unique().tolist() == [0]
+    assert TASKS["lc100seg_s3"].open(tmp_path, "val", "published")[index]["target"].unique().tolist() == [0]
     with pytest.raises(InputError, match=r"lc100/.*val.*\.tif: unknown label codes \[77\.0\]; expected \[0, 20, 30"):
         TASKS["lc100seg_s3"].open(tmp_path, "val")[index]
+    write_tif(label, np.full_like(codes, 255), 4326, -70.25, -55.25, 0.000898)
+    assert TASKS["lc100seg_s3"].open(tmp_path, "val")[index]["target"].unique().tolist() == [-100]
 
     image = next((tmp_path / "cloud_s2/s2_toa").glob("*val*"))
     with rasterio.open(image, "r+") as file:

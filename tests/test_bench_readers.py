@@ -306,15 +306,15 @@ def test_fingerprint_covers_every_file(noise, name, files):
         assert task.open(noise, "val").fingerprint() == before
 
 
-def real_data() -> Path:
+def real_data(part: str) -> Path:
     folder = Path(os.environ.get("COPERNICUS_REAL_DATA", Path(__file__).parents[1] / "../shared/data"))
-    if not (folder / "eurosat_s2_subset").is_dir():
+    if not (folder / part).is_dir():
         pytest.skip(f"no real images in {folder} (set COPERNICUS_REAL_DATA)")
     return folder
 
 
 def test_real_eurosat_lies_where_its_index_says():
-    folder = real_data() / "eurosat_s2_subset"
+    folder = real_data("eurosat_s2_subset") / "eurosat_s2_subset"
     rows = [line.split(",") for line in (folder / "index.csv").read_text().splitlines()[1:]]
     place = {row[0]: (float(row[3]), float(row[4])) for row in rows}
     for split, count in (("train", 120), ("val", 40), ("test", 40)):
@@ -325,3 +325,17 @@ def test_real_eurosat_lies_where_its_index_says():
             assert sample["metadata"][:2].tolist() == pytest.approx(place[f"{sample['id']}.tif"], abs=5e-3)
             assert sample["image"].isfinite().all()
             assert TASKS["eurosat_s2"].classes[int(sample["target"])] == sample["id"].split("_")[0]
+
+
+def test_real_bigearthnet_pairs_show_one_place():
+    folder = real_data("bigearthnet_s1s2")
+    for split, count in (("train", 4), ("val", 1), ("test", 1)):
+        radar, optical = (TASKS[name].open(folder, split) for name in ("bigearthnet_s1", "bigearthnet_s2"))
+        assert len(radar) == len(optical) == count
+        for s1, s2 in zip(radar, optical, strict=True):
+            assert torch.equal(s1["target"], s2["target"])
+            assert 1 <= int(s1["target"].sum()) <= 10
+            assert s1["metadata"][:2].tolist() == pytest.approx(s2["metadata"][:2].tolist(), abs=1e-3)
+            assert abs(float(s1["metadata"][2] - s2["metadata"][2])) <= 1  # pairs of the same day, or the next
+            assert s2["image"].isfinite().all()
+            assert s1["image"].mean((-2, -1)).abs().max() < 2  # land, by the benchmark's statistics of dB

@@ -61,7 +61,7 @@ def test_the_whole_loop(finished):
     ):
         assert said in output, output
     (result,) = (folder / "runs").glob("quickstart_smoke-*")
-    scores = json.loads((result / "leaderboard.json").read_text())
+    scores = json.loads((result / "leaderboard.json").read_text())["scores"]
     assert {(s["task"], s["encoder"], s["seed"]) for s in scores} == {
         (task, encoder, seed)
         for task in ("eurosat_s2", "flood_s1")

@@ -12,17 +12,9 @@ from rich.console import Console
 from copernicus.datasets.miniature import write
 from copernicus.datasets.miniature.pretrain import PretrainScale
 from copernicus.datasets.miniature.tasks import TaskScale
-from copernicus.datasets.sensors import InputError
 from copernicus.platform.experiment import Miniature
-from copernicus.platform.leaderboard import Leaderboard, Score
-from copernicus.platform.run import (
-    State,
-    make_miniature,
-    progress_bar,
-    read_leaderboard,
-    write_atomically,
-    write_leaderboard,
-)
+from copernicus.platform.progress import progress_bar
+from copernicus.platform.run import State, make_miniature, write_atomically
 
 
 def off_terminal() -> tuple[Console, io.StringIO]:
@@ -107,23 +99,3 @@ def test_a_miniature_is_made_once_and_then_found(tmp_path, monkeypatch):
     now = {p: p.stat().st_mtime_ns for p in (tmp_path / "planet").rglob("*") if p.is_file()}
     assert {p.name for p, written in files.items() if now[p] != written} == {"miniature.json", "preview.png"}
     assert (tmp_path / "planet" / "bench" / "airquality_s5p" / "no2" / "train.csv").exists()
-
-
-def test_a_leaderboard_reads_back_as_it_was_written(tmp_path):
-    scores = tuple(
-        Score("eurosat_s2", e, s, 90.0 + s, 91.0, {"lr": 0.1}, f"{e}{s}") for e in ("a", "b") for s in (1, 2)
-    )
-    files = write_leaderboard(Leaderboard(scores), tmp_path)
-    assert {f.name for f in files} == {"leaderboard.json", "leaderboard.md", "leaderboard.png"}
-    assert all(f.stat().st_size > 100 for f in files)
-    read = read_leaderboard(tmp_path)
-    assert read.scores == scores
-    assert [s.settings for s in read.scores] == [{"lr": 0.1}] * 4
-
-
-@pytest.mark.parametrize("text", [None, "", "{", '[{"task": "eurosat_s2"}]', "[1]"])
-def test_what_is_no_leaderboard_is_said_to_be_none(tmp_path, text):
-    if text is not None:
-        (tmp_path / "leaderboard.json").write_text(text)
-    with pytest.raises(InputError, match=r"no leaderboard in .*finished sweep"):
-        read_leaderboard(tmp_path)

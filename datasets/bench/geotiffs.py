@@ -133,6 +133,7 @@ def _find_files(task: Task, root: Path, entries: list[Entry], split_path: Path) 
 
     records = []
     for entry in entries:
+        images: tuple[tuple[Path, ...], ...]
         if task.series:
             images = tuple((path,) for path in find(task.images[0][0], entry, several=True))
         else:

@@ -73,15 +73,16 @@ def read_label(path: Path) -> np.ndarray:
 
 
 def _locate(source: rasterio.DatasetReader, column: float, row: float) -> tuple[float, float]:
-    """Longitude and latitude of a point given in pixels from the upper left corner; NaN without a coordinate system."""
+    """Longitude and latitude of a point given in pixels from the upper left corner; NaN where there is no coordinate
+    system, or the point lies outside of what it can express."""
     if source.crs is None:
         return NOWHERE
     a = source.transform
     x, y = a.a * column + a.b * row + a.c, a.d * column + a.e * row + a.f
     if source.crs == WGS84:
         return x, y
-    lon, lat = transform_coordinates(source.crs, WGS84, [x], [y])
-    return lon[0], lat[0]
+    (lon,), (lat,) = transform_coordinates(source.crs, WGS84, [x], [y])
+    return (lon, lat) if math.isfinite(lon) and math.isfinite(lat) else NOWHERE
 
 
 def find_date(path: Path, pattern: str) -> float:

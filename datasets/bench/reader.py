@@ -72,7 +72,7 @@ class TaskDataset(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
         name = self._samples.ids[index]
-        stored = self._samples.read(index)
+        stored = self.stored(index)
         sensors = self.task.sensors(self.preset)
         if self.task.series:
             sensors *= len(stored.dates)
@@ -89,6 +89,10 @@ class TaskDataset(Sequence):
             "metadata": metadata if self.task.series or len(metadata) > 1 else metadata[0],
             "id": name,
         }
+
+    def stored(self, index: int) -> Stored:
+        """A sample as its files have it, before anything is made of it."""
+        return self._samples.read(index)
 
     @property
     def ids(self) -> list[str]:

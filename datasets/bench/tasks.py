@@ -28,7 +28,8 @@ flood_s1               the image after is divided by its mean     both by the sa
                        (the deviation configured repeats it)
 cloud_s3               stored code - 1 as 8 bits: 255 becomes     255 is ignored like 0                       clouds3
                        254, which no head has
-lc100seg_s3            unknown codes become class 0, Unknown      unknown codes are refused                   lc100seg
+lc100seg_s3            codes that are none become class 0,        255, the fill value, is ignored, other     lc100seg
+                       Unknown                                    codes are refused
 lcz_s2                 first of the largest of a label's row      a row that is not one-hot is refused        lczs12
 =====================  =========================================  ==========================================  ==========
 
@@ -88,6 +89,9 @@ _VARIANTS = (
 VARIANTS: dict[str, Task] = {task.name: task for task in _VARIANTS}
 """Tasks in another mode than the published one, by ``<task>-<mode>``."""
 
+SELECTABLE = (*TASKS, "all", *LEVELS, *SENSOR_GROUPS, *VARIANTS)
+"""What ``select_tasks`` takes."""
+
 
 def get_task(name: str) -> Task:
     """The task of that name: one of ``TASKS``, or ``<task>-<mode>``, one of ``VARIANTS``.
@@ -118,11 +122,7 @@ def select_tasks(items: Sequence[str]) -> list[str]:
         found = {task.name for task in TASKS.values() if item in ("all", task.name, task.level, task.sensor_group)}
         found |= {item} & VARIANTS.keys()
         if not found:
-            groups = ", ".join(("all", *LEVELS, *SENSOR_GROUPS))
-            raise InputError(
-                f"no task or group of tasks {item!r}; the tasks are {', '.join(TASKS)}, the groups {groups}, and in other "
-                f"modes {', '.join(VARIANTS)}"
-            )
+            raise InputError(f"no task or group of tasks {item!r}; valid choices: {', '.join(SELECTABLE)}")
         chosen |= found
     return sorted(chosen, key=[name for task in TASKS for name in (task, *_variants_of(task))].index)
 

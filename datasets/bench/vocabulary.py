@@ -109,7 +109,8 @@ LC100 = {
 }
 """Codes of Copernicus Global Land Service: Land Cover 100 m, in the order of their ids."""
 
-LC100_CODES = {code: i for i, code in enumerate(LC100)}
+LC100_CODES = {**{code: i for i, code in enumerate(LC100)}, 255: -100}
+"""Stored code -> class id; 255 is the product's fill value, ignored."""
 
 DFC_CODES = {0: 255, 1: 0, 2: 1, 3: 255, 4: 2, 5: 3, 6: 4, 7: 5, 8: 255, 9: 6, 10: 7}
 """DFC2020: background, savanna and snow are left out."""
