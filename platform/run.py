@@ -166,7 +166,8 @@ def make_miniature(settings: Miniature, console: Console) -> None:
         preview(summary.folder)
     tasks = ", ".join(f"{name} {sum(splits.values())}" for name, splits in summary.samples.items()) or "none"
     console.print(
-        f"  {summary.grids} grids in {len(summary.shards)} shards; tasks: {tasks}; in {short_path(summary.folder)}"
+        f"  {summary.grids} grids in {len(summary.shards)} shards; tasks: {tasks}; in {short_path(summary.folder)}",
+        soft_wrap=True,
     )
     console.print(f"  look at {short_path(picture)}")
 

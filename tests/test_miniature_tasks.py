@@ -15,10 +15,13 @@ import h5py
 import numpy as np
 import pytest
 import rasterio
+import torch
 from affine import Affine
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.warp import transform
 
+from copernicus.datasets.bench import TASKS as BENCH_TASKS
+from copernicus.datasets.bench import VARIANTS, get_task
 from copernicus.datasets.miniature import legends, preview, write_miniature
 from copernicus.datasets.miniature.planet import Cover, Planet, Window
 from copernicus.datasets.miniature.preview_tasks import task_rows
@@ -27,6 +30,10 @@ from copernicus.datasets.miniature.regional import biomass_name
 from copernicus.datasets.miniature.tasks import TASKS
 
 SEED = 3
+TASK_CLASSES = (
+    "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop", "Residential",
+    "River", "SeaLake",
+)  # fmt: skip
 ELSEWHERE = ("eurosat_s2", "cloud_s3", "flood_s1", "aq_no2_s5p")
 
 
@@ -308,6 +315,48 @@ def test_ozone_layout_and_labels(earth):
         assert 0.09 < columns[-1] < 0.25
     assert 2000 < np.mean(labels) < 8000  # the published mean is 4654
     assert -0.99 < np.corrcoef(columns, labels)[0, 1] < -0.4  # more above the pole, more at the ground in the south
+
+
+def counts(values: np.ndarray) -> dict[int, int]:
+    return dict(zip(*np.unique(values, return_counts=True), strict=True))
+
+
+@pytest.mark.parametrize("preset", ["default", "published"])
+def test_the_benchmarks_readers_find_every_sample_and_the_target_that_was_drawn(earth, preset):
+    for name in (n for n in (*BENCH_TASKS, *VARIANTS) if n.partition("-")[0] not in ELSEWHERE):
+        task = get_task(name)
+        folder = earth.bench / TASKS[name.partition("-")[0]].directory
+        side = 4 * task.sensor.patch_kernel if task.kind in ("classification", "multilabel") else None
+        for split in ("train", "val", "test"):
+            samples = task.open(folder, split, preset=preset, image_size=side)
+            assert len(samples) == earth.samples[name.partition("-")[0]][split]
+            for sample in (samples[i] for i in range(0, len(samples), 3 if side else 5)):
+                assert torch.isfinite(sample["image"]).all()
+                assert tuple(sample["image"].shape[-2:]) == (side or task.input_size,) * 2
+                target, key = sample["target"].numpy(), sample["id"]
+                if name.startswith("eurosat"):
+                    assert sorted(TASK_CLASSES)[target] == key.split("_")[0]
+                elif name == "lcz_s2":
+                    with h5py.File(folder / f"lcz_{split}.h5") as file:
+                        assert file["label"][int(key.rpartition("_")[2])][target] == 1
+                elif task.kind == "multilabel":
+                    with open(folder / f"multilabel-{split}.csv", newline="") as file:
+                        (row,) = (row for row in csv.reader(file) if key in ",".join(row[:2]))
+                    assert target.tolist() == [int(one) for one in row[-len(target) :]]
+                elif name.startswith("dfc2020"):
+                    stored = {255: 0} | dict(enumerate((1, 2, 4, 5, 6, 7, 9, 10)))
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                        label = read(folder / "dfc" / f"{key}.tif")[0]
+                    label = np.where(np.isin(label, (3, 8)), 0, label)
+                    shown = np.vectorize(stored.get)(target)
+                    scale = shown.size // label.size  # 64 pixels a side become 256
+                    if preset == "default":
+                        assert counts(shown) == {code: count * scale for code, count in counts(label).items()}
+                    assert set(np.unique(shown)) == set(np.unique(label))
+                elif name == "biomass_s3":
+                    label = read(folder / "biomass" / f"{key}.tif").astype(float)
+                    assert (target * task.target_std + task.target_mean).mean() == pytest.approx(label.mean(), rel=0.02)
 
 
 def test_trees_are_named_by_what_the_sensors_see():

@@ -1,5 +1,6 @@
 """What an experiment keeps between commands, and what it says off a terminal."""
 
+import dataclasses
 import io
 import json
 import os
@@ -80,7 +81,7 @@ def test_a_miniature_is_made_once_and_then_found(tmp_path, monkeypatch):
     tasks = {name: TaskScale(16, splits) for name in write.SCALES["tiny"].tasks}
     smallest = write.Scale(PretrainScale(1, 1, 1, 1, 16, 8, 4, 64, 2), tasks)
     monkeypatch.setitem(write.SCALES, "tiny", smallest)
-    settings = Miniature(str(tmp_path / "planet"), grids=3, seed=1, scale="tiny")
+    settings = Miniature(str(tmp_path / "planet"), grids=3, seed=1, scale="tiny", tasks=["eurosat_s2"])
     console, text = off_terminal()
     make_miniature(settings, console)
     said, look = text.getvalue().splitlines()[-2:]
@@ -92,3 +93,9 @@ def test_a_miniature_is_made_once_and_then_found(tmp_path, monkeypatch):
     make_miniature(settings, console)
     assert text.getvalue().splitlines()[-2:] == [said, look]
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "planet").rglob("*") if p.is_file()} == files
+    # Tasks are added, and are in the picture then.
+    make_miniature(dataclasses.replace(settings, tasks=["eurosat_s2", "aq_no2_s5p-seasonal"]), console)
+    assert "tasks: eurosat_s2 3, aq_no2_s5p 3; in " in text.getvalue().splitlines()[-2]
+    now = {p: p.stat().st_mtime_ns for p in (tmp_path / "planet").rglob("*") if p.is_file()}
+    assert {p.name for p, written in files.items() if now[p] != written} == {"miniature.json", "preview.png"}
+    assert (tmp_path / "planet" / "bench" / "airquality_s5p" / "no2" / "train.csv").exists()
