@@ -84,7 +84,7 @@ class TaskDataset(Sequence):
         target = self._target(stored) if self.preset == "default" else self._published_target(stored)
         metadata = torch.tensor(self._metadata(stored.dates), dtype=torch.float32)
         return {
-            "image": torch.stack(images) if self.task.series else torch.cat(images),
+            "image": torch.stack(images) if self.task.series else torch.cat(images) if len(images) > 1 else images[0],
             "target": target,
             "metadata": metadata if self.task.series or len(metadata) > 1 else metadata[0],
             "id": name,
