@@ -270,7 +270,7 @@ def _not_opened(task: Task, entry: Entry) -> str:
 def _check_sample(dataset: TaskDataset, index: int, row: Row) -> None:
     task = dataset.task
     try:
-        stored = dataset._samples.read(index)
+        stored = dataset.stored(index)
     except InputError as error:
         return row.fault("unreadable", str(error))
     for raster, name in zip(stored.dates, stored.names, strict=True):
