@@ -74,6 +74,7 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[bool | None]:
             os.close(fd)
             if error.errno not in _NO_LOCKS:
                 raise
+            path.unlink(missing_ok=True)
             yield None
             return
         except BaseException:
