@@ -32,8 +32,9 @@ class LinearHead(nn.Module):
         fill_normal(self.linear.weight, 0.01, seed, "head.linear.weight")
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, z_BD: Tensor) -> Tensor:
-        """Features (B, D) -> logits (B, K)."""
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+        """Features (B, D), alone or as the only level of a list -> logits (B, K)."""
+        z_BD = features if isinstance(features, Tensor) else features[0]
         return self.linear(self.norm(z_BD))
 
 

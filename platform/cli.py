@@ -190,15 +190,22 @@ def miniature(
     grids: Annotated[int, typer.Option(help="Pretraining grids.", min=1)] = 256,
     seed: Annotated[int, typer.Option(help="Another seed, another planet.")] = 0,
     scale: Annotated[str, typer.Option(help="tiny, small (small arrays) or full (published sizes).")] = "small",
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmark tasks, comma separated; '' for none (all fifteen).")
+    ] = None,
 ) -> None:
-    """Make a small procedural planet: pretraining shards and four benchmark tasks in the published formats."""
+    """Make a small procedural planet: pretraining shards and benchmark tasks in the published formats.
+
+    Writes only what is not there yet: ask again with other --tasks to add some.
+    """
     from copernicus.datasets.sensors import InputError
     from copernicus.platform.experiment import SCALES, Miniature
     from copernicus.platform.run import make_miniature
 
     if scale not in SCALES:
         raise InputError(f"--scale: no {scale!r}; valid choices: {', '.join(SCALES)}")
-    make_miniature(Miniature(str(out), grids, seed, scale), console())
+    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    make_miniature(Miniature(str(out), grids, seed, scale, names), console())
 
 
 @data.command()
@@ -215,15 +222,43 @@ def index(
 
 @data.command()
 def verify(
-    shards: Annotated[list[str], typer.Argument(help="Brace patterns, folders, globs; local, s3://, gs://, hf://.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            help="Shards: brace patterns, folders, globs; local, s3://, gs://, hf://. Or folders of Copernicus-Bench.",
+            metavar="SHARDS|FOLDER...",
+        ),
+    ],
     out: Annotated[str, typer.Option(help="The report, a parquet file.")] = "verify.parquet",
 ) -> None:
-    """Read every member of the shards whole and check it. Resumes. Exit code 1 where there are faults."""
+    """Read every member of the shards (this resumes), or every sample of the benchmark's tasks in a folder, whole, and check
+    it. Exit code 1 where there are faults."""
     from copernicus.platform.data_jobs import verify_command
 
-    if faulty := verify_command(shards, out, console()):
+    if faulty := verify_command(places, out, console()):
         _complain(f"faults in {faulty} of the report's rows: {out}, where `ok` is false")
         raise typer.Exit(1)
+
+
+@data.command()
+def fetch(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(help="Tasks of Copernicus-Bench, levels (L1), satellites (s3), or all.", metavar="TASK..."),
+    ],
+    out: Annotated[Path, typer.Option(help="The benchmark's folder.")],
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the hub's repository; md5 sums are published for the default one.", show_default="published"
+        ),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the zips.")] = False,
+) -> None:
+    """Download tasks of Copernicus-Bench from the Hugging Face hub, check and unpack them. The same command goes on."""
+    from copernicus.platform.fetch import fetch_command
+
+    fetch_command(tasks, out, console(), revision, keep)
 
 
 @data.command(context_settings={"ignore_unknown_options": True})
@@ -355,9 +390,14 @@ def _failed(error: Exception) -> int:
         return 2
     from copernicus.datasets.storage import StoreError
     from copernicus.platform.convert import ConvertFailed
+    from copernicus.platform.fetch import FetchFailed
     from copernicus.platform.pretrain import PretrainFailed
+    from copernicus.platform.spool import NotRecorded
     from copernicus.platform.sweep import SweepFailed
 
+    if isinstance(error, (FetchFailed, NotRecorded)):
+        _complain(f"{error}")
+        return 1
     if isinstance(error, ConvertFailed):
         _complain(f"{error}. The same command goes on where it stopped")
         return 1

@@ -32,7 +32,8 @@ from copernicus.datasets.raw_shards import (
     write_json,
 )
 from copernicus.datasets.sensors import SENSORS, InputError, get_sensor
-from copernicus.platform.run import locked, progress_bar, write_atomically
+from copernicus.platform.progress import progress_bar
+from copernicus.platform.run import locked, write_atomically
 from copernicus.platform.session import ray_session
 
 VERSION = 1

@@ -1,4 +1,4 @@
-"""The `copernicus data` commands that read shards: what they print, around the jobs that do the work."""
+"""The `copernicus data` commands that read shards or a benchmark's folders: what they print, around the jobs that do the work."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from copernicus.datasets.bench.tasks import TASKS, get_task
+from copernicus.datasets.bench.verify import find_tasks
 from copernicus.datasets.expand import expand
 from copernicus.datasets.index import GridIndex, default_path, to_index
 from copernicus.datasets.lookup import find_grid, parse_grid
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.platform.indexing import update_index
-from copernicus.platform.run import progress_bar
+from copernicus.platform.progress import progress_bar
 from copernicus.platform.session import ray_session
 from copernicus.platform.verifying import NAMES, REST, Summary, check_place, verify_shards
+from copernicus.platform.verifying_bench import BenchSummary, verify_bench
 
 SHOWN = 10
 READ_ONLY = ("hf://", "http://", "https://")
@@ -100,10 +103,18 @@ def print_problems(index: GridIndex, console: Console) -> None:
         console.print(f"  ... and {len(index.problems) - SHOWN} more: column `problems` of the index")
 
 
-def verify_command(shards: Sequence[str], out: str, console: Console) -> int:
-    """Read everything in the shards, print what it comes to and return the number of rows with a fault."""
-    uris = expand(shards)
+def verify_command(places: Sequence[str], out: str, console: Console) -> int:
+    """Read everything in the shards, or in the benchmark's folders, print what it comes to and return the number of rows
+    with a fault.
+
+    Raises:
+        InputError: neither shards nor tasks, or both.
+    """
+    tasks = bench_tasks(places)
     check_place(out)
+    if tasks:
+        return _verify_bench(tasks, out, console)
+    uris = expand(places)
     with writing(out), ray_session(), progress_bar(console, "verifying") as update:
         summary = verify_shards(uris, out, update)
     console.print(by_sensor(summary))
@@ -111,6 +122,57 @@ def verify_command(shards: Sequence[str], out: str, console: Console) -> int:
         console.print(by_reason(summary))
     console.print(f"Report, a row a member: {out}", highlight=False, markup=False, soft_wrap=True)
     return summary.faulty
+
+
+def bench_tasks(places: Sequence[str]) -> list[tuple[str, Path]]:
+    """The tasks of Copernicus-Bench in these folders, with the folder of each; none where they hold shards.
+
+    Raises:
+        InputError: a folder holds neither, or some hold the one and some the other.
+    """
+    found: list[tuple[str, Path]] = []
+    others = []
+    for place in places:
+        folder = Path(place).expanduser().absolute()
+        if "://" in place or not folder.is_dir() or any(folder.glob("*.tar")):
+            others.append(place)
+        elif names := find_tasks(folder):
+            found += [(name, folder) for name in names]
+        else:
+            raise InputError(
+                f"folder {place} holds no shards (*.tar) and no task of Copernicus-Bench; its folders would be "
+                f"{', '.join(sorted({task.directory for task in TASKS.values()}))}"
+            )
+    if found and others:
+        raise InputError(
+            f"{others[0]} holds shards and {found[0][1]} tasks of Copernicus-Bench: verify one after the other"
+        )
+    return found
+
+
+def _verify_bench(tasks: Sequence[tuple[str, Path]], out: str, console: Console) -> int:
+    with writing(out), ray_session(), progress_bar(console, "verifying") as update:
+        summary = verify_bench(tasks, out, update)
+    console.print(by_split(summary))
+    if summary.faults or summary.notes:
+        console.print(by_reason(summary))
+    console.print(f"Report, a row a sample: {out}", highlight=False, markup=False, soft_wrap=True)
+    return summary.faulty
+
+
+def by_split(summary: BenchSummary) -> Table:
+    """Samples by task and split: how many are sound, and what values their images hold."""
+    table = Table(title=f"{len({task for task, _ in summary.splits})} tasks of Copernicus-Bench")
+    for column in ("task", "split", "samples", "published", "ok", "faults", "notes", "finite", "values as stored"):
+        table.add_column(column, justify="left" if column in ("task", "split", "values as stored") else "right")
+    for (task, split), tally in summary.splits.items():
+        table.add_row(
+            task, split, f"{tally.listed}", f"{get_task(task).splits[split]}", f"{tally.listed - tally.faulty}",
+            f"[red]{tally.faulty}[/]" if tally.faulty else "0", f"{tally.noted}",
+            f"{sum(tally.finite) / len(tally.finite):.1%}" if tally.finite else "",
+            f"{tally.low:.4g} .. {tally.high:.4g}" if tally.low <= tally.high else "",
+        )  # fmt: skip
+    return table
 
 
 def by_sensor(summary: Summary) -> Table:
@@ -132,7 +194,7 @@ def by_sensor(summary: Summary) -> Table:
     return table
 
 
-def by_reason(summary: Summary) -> Table:
+def by_reason(summary: Summary | BenchSummary) -> Table:
     """How many of each fault and of each note, and the first ones by name."""
     table = Table(show_lines=False)
     table.add_column("reason")

@@ -49,12 +49,27 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Miniature:
-    """A miniature Earth to make first: shards under ``out``/pretrain, benchmark tasks under ``out``/bench."""
+    """A miniature Earth to make first: shards under ``out``/pretrain, benchmark tasks under ``out``/bench.
+
+    ``tasks`` says which, in the words of a sweep's (names, levels, satellites, "all"); all fifteen where it is not given.
+    Others can be added to a miniature that is there already."""
 
     out: str = "runs/miniature"
     grids: int = 256
     seed: int = 0
     scale: str = "small"
+    tasks: Optional[list[str]] = None
+
+    def task_names(self) -> list[str]:
+        """The tasks to write: of one in another mode, the task itself.
+
+        Raises:
+            InputError: an item of ``tasks`` means none; the message lists the valid ones.
+        """
+        from copernicus.datasets.bench import select_tasks
+
+        chosen = select_tasks(["all"] if self.tasks is None else self.tasks)
+        return list(dict.fromkeys(name.partition("-")[0] for name in chosen))
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,9 @@ class Encoder:
     model: Optional[Model] = None
     seed: int = 0
     language: Optional[str] = None  # as in pretrain; left out with weights: pretrain, it is pretrain's
+    protocol: Optional[str] = None  # left out, it is the sweep's
+    blocks: Optional[int] = None  # finetune: train the last so many blocks only
+    lora_rank: Optional[int] = None  # finetune: train low-rank additions to the blocks instead of their weights
 
 
 @dataclass(frozen=True)
@@ -167,20 +185,34 @@ class Space:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Tasks x encoders: a search in each cell, then ``seeds`` repetitions of its best setting."""
+    """Tasks x encoders: a search in each cell, then ``seeds`` repetitions of its best setting.
+
+    ``tasks``: names, levels (L1, L2, L3), sensors (s1, s2, s3, s5p) or all. ``protocol``: probe (a head on the frozen
+    encoder), knn, ridge or logistic (quick looks at image-level tasks, without a search), finetune, or scratch
+    (supervised from random weights).
+    """
 
     data: str = ""
     tasks: list[str] = field(default_factory=list)
     encoders: dict[str, Encoder] = field(default_factory=dict)
+    protocol: str = "probe"
+    head: str = "upernet"  # of dense tasks: upernet (as published) or light (one convolution, for a laptop)
     search: dict[str, Space] = field(default_factory=dict)
     searcher: str = "optuna"
+    scheduler: str = "none"  # or asha: settings that fall behind are stopped early
     trials: int = 8
     seeds: int = 3
     epochs: int = 50
     batch_size: Optional[int] = None
     image_size: dict[str, int] = field(default_factory=dict)
     preset: str = "default"
+    precision: str = "float32"  # of the frozen encoder: float32, or bf16 (autocast)
+    features: str = (
+        "auto"  # cached, live (encoded again whenever they are used), or auto: cached where they fit cache_gb
+    )
     cache: str = "runs/features"
+    cache_gb: Optional[float] = None  # the least recently used features beyond that are removed; none: no limit
+    max_concurrent: Optional[int] = None  # trials at once; none: as many as the cluster has room for
     cpus_per_trial: float = 1.0
     gpus_per_trial: float = 0.0
 
@@ -229,11 +261,16 @@ class Experiment:
 
 
 SCALES = ("tiny", "small", "full")
+QUICK = ("knn", "ridge", "logistic")
+FROZEN = ("probe", *QUICK)
+PROTOCOLS = (*FROZEN, "finetune", "scratch")
+"""What may be done with an encoder: see `Sweep`. ``QUICK`` ones draw nothing and search for themselves; ``FROZEN`` ones leave
+the encoder as it is."""
 WITHOUT_EFFECT = (
-    "tracking", "output",
+    "tracking", "output", "miniature.tasks",
     "pretrain.compile", "pretrain.activation_checkpointing", "pretrain.workers", "pretrain.parallel", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
     "pretrain.index", "pretrain.distill.cache", "pretrain.checkpoint_every", "pretrain.checkpoint_minutes", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
-    "sweep.cache", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
+    "sweep.cache", "sweep.cache_gb", "sweep.features", "sweep.max_concurrent", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
 )  # fmt: skip
 """Keys (and sections) that leave the results as they are."""
 PUBLISHED: dict[str, Any] = {"require": "all", "metadata_drop": 0.0, "precision": "float32"}
@@ -292,9 +329,13 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     except (ConfigKeyError, ConfigAttributeError, OmegaConfBaseException) as error:
         raise ExperimentError(f"{source}: {_full_key(error)}{_first_line(error)}") from None
     assert isinstance(experiment, Experiment)
+    from copernicus.datasets.bench import select_tasks
     from copernicus.platform.validation import validate  # which reads the schema above
 
     validate(experiment, source)
+    if experiment.sweep is not None:
+        named = dataclasses.replace(experiment.sweep, tasks=select_tasks(experiment.sweep.tasks))
+        experiment = dataclasses.replace(experiment, sweep=named)
     return experiment
 
 

@@ -55,11 +55,6 @@ class Score:
     curve: tuple[float, ...] = ()  # validation metric after each epoch, the first included
 
 
-def plan_cells(tasks: Sequence[str], encoders: Sequence[str], seeds: Sequence[int]) -> dict[Cell, tuple[int, ...]]:
-    """All cells of a sweep, task by task, each with the seeds of its final estimate."""
-    return {(task, encoder): tuple(seeds) for task in tasks for encoder in encoders}
-
-
 def anchors(task: Task) -> tuple[float, float] | None:
     """What the normalised scores 0 and 1 are: the published random encoder's figure and the best published one.
 

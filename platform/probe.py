@@ -1,45 +1,41 @@
-"""One probe: a small head trained on the features of a frozen encoder, chosen by validation, tested once.
+"""One probe: a head trained on the features of a frozen encoder, chosen by validation, tested once.
 
-Protocol of the benchmark's public code: for classification SGD with weight decay 1e-4, for dense tasks AdamW with
-torch's weight decay; one-cycle cosine schedule per step without warm-up (which also moves SGD's momentum and Adam's
-first beta from 0.85 to 0.95); 50 epochs; the epoch with the best validation metric is tested. Regressions minimise the
-mean absolute error. Heads are ``copernicus.models.heads``; the benchmark's UPerNet head is not among them.
-
-Metrics are computed over the whole split. The public code averages the metrics of its batches instead, which differs
-for mIoU, mAP and RMSE; that figure is reported beside, as ``<metric>_batchmean``.
-
-Shapes: B batch, D feature width, h w token grid, K outputs, H W label size.
+``training.py`` is the loop, and says which protocol it follows; heads are ``copernicus.models.heads`` and, for dense
+tasks, the benchmark's ``copernicus.models.upernet``. Metrics are computed over the whole split. The public code averages
+the metrics of its batches instead, which differs for mIoU, mAP and RMSE; that figure is reported beside, as
+``<metric>_batchmean``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torchmetrics import MeanSquaredError, Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MultilabelAveragePrecision
+from torch import nn
 
 from copernicus.datasets.bench.task import Task
-from copernicus.datasets.order import generator
 from copernicus.datasets.sensors import InputError
 from copernicus.models.heads import DenseHead, LinearHead
-from copernicus.platform.features import SplitFeatures, TaskFeatures
+from copernicus.models.upernet import UPerNet
+from copernicus.platform.features import TaskFeatures
+from copernicus.platform.training import Report, Split, measure, predict_split, train
 
-logger = logging.getLogger(__name__)
-Report = Callable[[int, dict[str, float]], None]
+HEADS = ("upernet", "light")
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
     """How a head is trained. ``for_task`` gives the benchmark's own settings.
+
+    Attributes:
+        head: for dense tasks: ``upernet``, as published, which wants a GPU (of a base encoder a step takes about half a
+            minute on a CPU core); or ``light``, a few convolutions on the token grid, for laptops.
+        channels: width of the UPerNet; 512 as published.
 
     Raises:
         InputError: a value that no training can have.
@@ -50,38 +46,70 @@ class ProbeSettings:
     batch_size: int = 64
     weight_decay: float = 1e-4
     warmup_epochs: int = 0
+    head: str = "upernet"
+    channels: int = 512
+
+    whole: ClassVar[tuple[str, ...]] = ("epochs", "batch_size", "warmup_epochs", "channels")
+    may_be_zero: ClassVar[tuple[str, ...]] = ("weight_decay", "warmup_epochs")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "warmup_epochs"):  # searches hand out floats
-            if getattr(self, name) == int(getattr(self, name)):
-                object.__setattr__(self, name, int(getattr(self, name)))
-            else:
-                raise InputError(f"probe: {name} is {getattr(self, name)}; it must be a whole number")
+        for name in self.whole:  # searches hand out floats
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not math.isfinite(value) or value != int(value):
+                raise InputError(f"probe: {name} is {value}; it must be a whole number")
+            object.__setattr__(self, name, int(value))
         for name, value in dataclasses.asdict(self).items():
-            zero = name in ("weight_decay", "warmup_epochs")
+            if value is None or isinstance(value, str):
+                continue
+            zero = name in self.may_be_zero
             if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
                 raise InputError(f"probe: {name} is {value}; it must be {'at least 0' if zero else 'above 0'}")
         if self.batch_size < 2:
             raise InputError("probe: batch_size must be at least 2 (batch normalisation)")
+        if self.channels < 2:
+            raise InputError("probe: channels must be at least 2 (the auxiliary head has half of them)")
+        if self.head not in HEADS:
+            raise InputError(f"probe: no head {self.head!r}; the heads are {', '.join(HEADS)}")
         if self.warmup_epochs >= self.epochs:
             raise InputError(f"probe: warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs})")
 
     @classmethod
-    def for_task(cls, task: Task, **overrides: Any) -> ProbeSettings:
+    def for_task(cls, task: Task, **overrides: Any) -> Any:
         """The published settings of a task, with some replaced."""
-        published = {**dataclasses.asdict(task.probe), "weight_decay": 1e-2 if task.dense else 1e-4}
+        published = {**dataclasses.asdict(task.probe), "weight_decay": published_weight_decay(task)}
         return cls(**{**published, **overrides})
+
+
+def published_weight_decay(task: Task) -> float:
+    """The public code gives SGD its own and leaves AdamW torch's."""
+    return 1e-2 if task.dense else 1e-4
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A few samples of the test split for pictures; see ``predict_split``."""
+
+    ids: tuple[str, ...]
+    predicted: np.ndarray
+    target: np.ndarray
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe reached. Metrics are named as ``Task.metric_key``: per cent, or the target's units (rmse).
+    """What a trial reached. Metrics are per cent, or in the target's units (rmse, mae); ``metrics.py`` names them.
 
     Attributes:
-        val, test: metrics of the best epoch: ``<metric>``, ``<metric>_batchmean``, ``loss``; test is None if unasked.
-        best_epoch: counted from 1.
-        curves: one dictionary per epoch, as reported.
+        metric: the benchmark's metric of the task, ``Task.metric_key``.
+        val, test: figures of the best epoch: the metrics, ``<metric>_batchmean``, ``loss``; test is None if unasked.
+        best_epoch: counted from 1; of a quick look, the number of the best candidate.
+        curves: one dictionary per epoch (candidate), as reported.
         samples: how many samples of each split were used.
+        chosen: what a quick look chose on validation.
+        confusion: (K, K) int64, targets by predictions, of the test split (of validation, if test was unasked); None
+            where a task has no classes to confuse.
+        examples: the first test samples, if asked for.
     """
 
     metric: str
@@ -90,6 +118,9 @@ class ProbeResult:
     best_epoch: int
     curves: list[dict[str, float]]
     samples: dict[str, int]
+    chosen: dict[str, float] = field(default_factory=dict)
+    confusion: np.ndarray | None = field(default=None, compare=False, repr=False)
+    examples: Examples | None = field(default=None, compare=False, repr=False)
 
 
 def run_probe(
@@ -100,183 +131,64 @@ def run_probe(
     report: Report | None = None,
     test: bool = True,
     device: str | torch.device = "cpu",
+    examples: int = 0,
 ) -> ProbeResult:
     """Train a head, keep the epoch that is best on validation, test that one once.
-
-    Every draw (initial weights, order, flips) depends on (seed, epoch, sample) alone; torch's and numpy's global random
-    states are neither read nor written.
 
     Args:
         report: called after each epoch, counted from 1, with its figures; may raise to end the trial.
         test: False in a search, which has no business with the test split.
+        examples: how many test samples to keep predictions of.
 
     Raises:
         InputError: fewer than two training samples, or no known target in a split.
         FloatingPointError: the loss was not finite in the first epoch. Later, training ends there with a warning.
     """
-    train = features.splits["train"]
-    if len(train) < 2:
-        raise InputError(f"{task.name}: {len(train)} training sample; a probe needs at least 2")
-    head = make_head(features, task, seed).to(device)
-    if task.dense:
-        optimiser: torch.optim.Optimizer = torch.optim.AdamW(
-            head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-        )
-    else:
-        # The schedule sets the momentum, as it does in the public code.
-        optimiser = torch.optim.SGD(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    steps = len(list(_batches(np.arange(len(train)), settings.batch_size)))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser,
-        max_lr=settings.lr,
-        total_steps=settings.epochs * steps,
-        pct_start=settings.warmup_epochs / settings.epochs,
-        anneal_strategy="cos",
-    )
-    key = task.metric_key
-    curves: list[dict[str, float]] = []
-    best: dict[str, float] = {}
-    best_epoch, best_state = 0, head.state_dict()
-    for epoch in range(1, settings.epochs + 1):
-        lr = float(schedule.get_last_lr()[0])
-        loss = _train_epoch(head, train, task, settings, seed, epoch, optimiser, schedule, device)
-        if not math.isfinite(loss):
-            if not best:
-                raise FloatingPointError(
-                    f"{task.name}: the loss is {loss} in epoch {epoch}; lower lr ({settings.lr:g})"
-                )
-            logger.warning("%s: the loss is %s in epoch %d (lr %g); training ends", task.name, loss, epoch, settings.lr)
-            break
-        val = evaluate(head, features.splits["val"], task, settings.batch_size, device)
-        curves.append({"train_loss": loss, "lr": lr, **{f"val_{name}": value for name, value in val.items()}})
-        if not best or (val[key] > best[key] if task.higher_is_better else val[key] < best[key]):
-            best, best_epoch = val, epoch
-            best_state = {name: value.clone() for name, value in head.state_dict().items()}
-        if report is not None:
-            report(epoch, curves[-1])
-    head.load_state_dict(best_state)
-    tested = evaluate(head, features.splits["test"], task, settings.batch_size, device) if test else None
-    samples = {name: len(split) for name, split in features.splits.items() if test or name != "test"}
-    return ProbeResult(key, best, tested, best_epoch, curves, samples)
+    head = make_head(features.dims, task, settings, seed).to(device)
+    return run_training(head, features.splits, task, settings, seed, report, test, device, examples)
 
 
-def make_head(features: TaskFeatures, task: Task, seed: int) -> nn.Module:
-    """A linear head for pooled features, a small convolutional one for dense ones."""
-    if task.dense:
-        return DenseHead(features.dims, task.num_classes, seed=seed)
-    return LinearHead(features.dims[0], task.num_classes, seed=seed)
-
-
-def evaluate(
-    head: nn.Module, split: SplitFeatures, task: Task, batch_size: int, device: str | torch.device = "cpu"
-) -> dict[str, float]:
-    """Loss and metric over all samples of a split, and the published mean over batches.
-
-    Raises:
-        InputError: no target of the split is known.
-    """
-    key = task.metric_key
-    metric = make_metric(task).to(device)
-    evaluated, loss_sum, loss_weight, batch_sum, batch_weight = 0, 0.0, 0, 0.0, 0
-    head.eval()
-    with torch.inference_mode():
-        for start in range(0, len(split), batch_size):
-            index = np.arange(start, min(start + batch_size, len(split)))
-            levels, target = split.load(index, np.zeros_like(index), device)
-            output = predict(head, levels, target, task)
-            loss, known = loss_and_count(output, target, task)
-            evaluated += len(index)
-            if known == 0:
-                continue
-            value = float(metric(*_for_metric(output, target, task)))
-            loss_sum, loss_weight = loss_sum + float(loss) * known, loss_weight + known
-            batch_sum, batch_weight = batch_sum + value * len(index), batch_weight + len(index)
-    assert evaluated == len(split.targets) == len(split.ids), (evaluated, len(split.targets), len(split.ids))
-    if loss_weight == 0:
-        raise InputError(f"{task.name}: no sample of the split has a known target")
-    scale = task.target_std if task.kind == "regression" else 100.0
-    return {
-        key: float(metric.compute()) * scale,
-        f"{key}_batchmean": batch_sum / batch_weight * scale,
-        "loss": loss_sum / loss_weight,
-    }
-
-
-def make_metric(task: Task) -> Metric:
-    """The benchmark's metric, to be computed over a whole split (fractions; RMSE of normalised targets)."""
-    if task.metric == "OA":
-        return MulticlassAccuracy(task.num_classes, average="micro", validate_args=False)
-    if task.metric == "mAP":
-        return MultilabelAveragePrecision(task.num_classes, average="micro", validate_args=False)
-    if task.metric == "mIoU":
-        return MulticlassJaccardIndex(task.num_classes, ignore_index=task.ignore_index, validate_args=False)
-    return MeanSquaredError(squared=False)
-
-
-def predict(head: nn.Module, levels: list[Tensor], target: Tensor, task: Task) -> Tensor:
-    """(B, K) logits; dense: (B, K, H, W) logits, or (B, H, W) normalised values."""
-    if not task.dense:
-        return head(levels[0])
-    output_BKHW = head(levels, tuple(target.shape[-2:]))
-    return output_BKHW[:, 0] if task.kind == "regression" else output_BKHW
-
-
-def loss_and_count(output: Tensor, target: Tensor, task: Task) -> tuple[Tensor, int]:
-    """Mean loss over the known targets (0 where there are none), and their number."""
-    if task.kind == "multilabel":
-        return F.multilabel_soft_margin_loss(output, target.float()), len(target)
-    if task.kind == "classification":
-        return F.cross_entropy(output, target), len(target)
-    if task.kind == "regression":
-        known = ~target.isnan()
-        count = int(known.sum())
-        return (output - target)[known].abs().sum() / max(count, 1), count
-    ignore = -100 if task.ignore_index is None else task.ignore_index
-    count = int((target != ignore).sum())
-    return F.cross_entropy(output, target, ignore_index=ignore, reduction="sum") / max(count, 1), count
-
-
-def _for_metric(output: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    if task.kind == "regression":
-        known = ~target.isnan()
-        return output[known], target[known]
-    if task.kind == "multilabel":
-        return output.sigmoid(), target
-    return output.max(dim=1).indices, target  # of a dense map seven times as fast as argmax on a CPU
-
-
-def _train_epoch(
-    head: nn.Module,
-    train: SplitFeatures,
+def run_training(
+    model: nn.Module,
+    splits: Mapping[str, Split],
     task: Task,
     settings: ProbeSettings,
     seed: int,
-    epoch: int,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    device: str | torch.device,
-) -> float:
-    """One pass over the training split in an order of its own; the mean loss per sample."""
-    # The n-th flip belongs to sample n, not to the n-th place in the order.
-    flips_N = generator("probe flips", seed, epoch).integers(train.flips, size=len(train))
-    order = generator("probe order", seed, epoch).permutation(len(train))
-    total = 0.0
-    head.train()
-    for index in _batches(order, settings.batch_size):
-        levels, target = train.load(index, flips_N[index], device)
-        loss, _ = loss_and_count(predict(head, levels, target, task), target, task)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        total += loss.item() * len(index)
-    return total / len(train)
+    report: Report | None = None,
+    test: bool = True,
+    device: str | torch.device = "cpu",
+    examples: int = 0,
+    **options: Any,
+) -> ProbeResult:
+    """Train a model (``training.train``, which takes further options), and evaluate its best epoch."""
+    course = train(model, splits["train"], splits["val"], task, settings, seed, report, device, **options)
+    figures, evaluation, shown = {}, None, None
+    for name in ("val", "test") if test else ("val",):
+        evaluation = measure(model, splits[name], task, settings.batch_size, device)
+        figures[name] = evaluation.compute(len(splits[name]))
+    assert evaluation is not None
+    if test and examples:
+        index = np.arange(min(examples, len(splits["test"])))
+        shown = Examples(
+            tuple(splits["test"].ids[i] for i in index), *predict_split(model, splits["test"], task, index, device)
+        )
+    samples = {name: len(split) for name, split in splits.items() if test or name != "test"}
+    return ProbeResult(
+        task.metric_key,
+        figures["val"],
+        figures.get("test"),
+        course.best_epoch,
+        course.curves,
+        samples,
+        confusion=evaluation.confusion_KK,
+        examples=shown,
+    )
 
 
-def _batches(order: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Consecutive batches; a last batch of one joins the one before: batch normalisation needs two."""
-    starts = list(range(0, len(order), batch_size))
-    if len(order) - starts[-1] == 1 and len(starts) > 1:
-        starts.pop()
-    for number, start in enumerate(starts):
-        yield order[start : starts[number + 1] if number + 1 < len(starts) else len(order)]
+def make_head(dims: Sequence[int], task: Task, settings: ProbeSettings, seed: int) -> nn.Module:
+    """A linear head for pooled features; for dense ones, of the widths ``dims``, the one that the settings name."""
+    if not task.dense:
+        return LinearHead(dims[0], task.num_classes, seed=seed)
+    if settings.head == "light":
+        return DenseHead(dims, task.num_classes, seed=seed)
+    return UPerNet(dims, task.num_classes, settings.channels, seed=seed)

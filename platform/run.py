@@ -6,7 +6,6 @@ State lies in the experiment's folder (`Experiment.folder`): the same YAML finds
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -19,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import InputError
-from copernicus.platform.board_files import read_leaderboard, write_leaderboard
+from copernicus.platform.board_files import read_leaderboard
 from copernicus.platform.experiment import Experiment, Miniature, Pretrain, Sweep
 from copernicus.platform.language import language_warning, variables
-from copernicus.platform.leaderboard import plan_cells
+from copernicus.platform.progress import progress_bar, short_path, spell_time
 from copernicus.platform.session import ray_session
 from copernicus.platform.tables import terminal
 from copernicus.platform.tracking import Run, Tracker, git_commit, mask
-from copernicus.platform.tracking_read import failures_tag
 
 MOST_SHOWN = 20
 
@@ -69,7 +65,7 @@ def run_experiment(experiment: Experiment, console: Console, fresh: bool = False
     if fresh and folder.exists():
         kept = folder.with_name(f"{folder.name}.old-{int(folder.stat().st_mtime)}")
         folder.rename(kept)
-        console.print(f"Kept the earlier results in {_short(kept)}")
+        console.print(f"Kept the earlier results in {short_path(kept)}")
     with locked(folder):
         _run(experiment, console, verbose, started)
 
@@ -78,7 +74,7 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
     folder = experiment.folder
     state = State(folder)
     tracker = Tracker(experiment.tracking.uri, experiment.tracking.experiment, Path(experiment.output) / "artifacts")
-    console.print(f"[bold]{experiment.name}[/] ({experiment.kind}) in {_short(folder)}")
+    console.print(f"[bold]{experiment.name}[/] ({experiment.kind}) in {short_path(folder)}")
     if state.get("done"):
         console.print("This experiment is finished; its results follow. [dim]--fresh runs it anew.[/]")
         _closing(experiment, state, tracker, console)
@@ -113,6 +109,7 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
             with _stage("sweep", sections, seconds, console):
                 assert experiment.sweep is not None
                 failed = _sweep(experiment, experiment.sweep, checkpoint, state, tracker, parent, console)
+            state.set(seconds=seconds)
         parent.metrics({f"seconds/{name}": s for name, s in seconds.items()})
     state.set(done=not failed, seconds=seconds)
     _closing(experiment, state, tracker, console, time.monotonic() - started)
@@ -133,7 +130,7 @@ def locked(folder: Path, work: str = "experiment") -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise InputError(
-                f"{_short(folder)}: this {work} is being run by another process ({file.read().strip() or 'unknown'}); "
+                f"{short_path(folder)}: this {work} is being run by another process ({file.read().strip() or 'unknown'}); "
                 "wait for it, or end it first"
             ) from None
         file.truncate(0)
@@ -159,17 +156,19 @@ def make_miniature(settings: Miniature, console: Console) -> None:
             settings.scale,  # type: ignore[arg-type]
             workers=os.cpu_count() or 1,
             progress=lambda what, done, total: update(done, total, what),
+            tasks=settings.task_names(),
         )
     from copernicus.datasets.miniature.preview import preview
 
     picture = summary.folder / "preview.png"
-    if not picture.exists():
+    # The manifest is written again whenever tasks are added, which the picture then lacks.
+    if not picture.exists() or picture.stat().st_mtime_ns < (summary.folder / "miniature.json").stat().st_mtime_ns:
         preview(summary.folder)
-    tasks = ", ".join(f"{name} {sum(splits.values())}" for name, splits in summary.samples.items())
+    tasks = ", ".join(f"{name} {sum(splits.values())}" for name, splits in summary.samples.items()) or "none"
     console.print(
-        f"  {summary.grids} grids in {len(summary.shards)} shards; tasks: {tasks}; in {_short(summary.folder)}"
+        f"  {summary.grids} grids in {len(summary.shards)} shards; tasks: {tasks}; in {short_path(summary.folder)}"
     )
-    console.print(f"  look at {_short(picture)}")
+    console.print(f"  look at {short_path(picture)}")
 
 
 def _pretrain(
@@ -179,7 +178,7 @@ def _pretrain(
     from copernicus.platform.pretrain import PretrainResult, pretrain
 
     if (done := state.get("checkpoint")) is not None and Path(done).exists():
-        console.print(f"  done before: {_short(Path(done))}")
+        console.print(f"  done before: {short_path(Path(done))}")
         return Path(done)
     single = experiment.kind == "pretrain"
     tags = {"kind": "pretrain", "experiment": experiment.name, "seed": experiment.seed, "model": settings.model.name}
@@ -259,14 +258,14 @@ def _pretrain(
             counts = Counter(p.reason for p in result.skipped)
             console.print(
                 f"  [yellow]skipped[/] {', '.join(f'{n} {reason}' for reason, n in counts.items())}: "
-                f"named in {_short(experiment.folder / 'skipped.txt')}"
+                f"named in {short_path(experiment.folder / 'skipped.txt')}"
             )
     name, history = "held-out", tracker.history(run, "val/loss")
     if not history:
         name, history = "training", tracker.history(run, "train/loss")
     console.print(
         f"  {result.steps} steps, {result.samples} samples; {name} loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; "
-        f"checkpoint {_short(result.checkpoint)}"
+        f"checkpoint {short_path(result.checkpoint)}"
     )
     state.set(checkpoint=str(result.checkpoint))
     return result.checkpoint
@@ -282,77 +281,16 @@ def _sweep(
     console: Console,
 ) -> dict[str, str]:
     """Runs the sweep; returns the errors of the cells that failed."""
-    from copernicus.platform.sweep import Cell, Trial, cells, cells_language, sweep
+    from copernicus.platform.sweep_stage import run_sweep
 
-    plan = cells(settings, experiment.pretrain, checkpoint)
-    languages, warnings = cells_language(settings, plan)
-    for warning in warnings:
-        console.print(f"  [yellow]warning[/] {warning}", soft_wrap=True)
-    single = experiment.kind == "sweep"
-    tags = {"kind": "sweep", "experiment": experiment.name, "sweep": experiment.name}
-    run = parent if single else tracker.start("sweep", tags, parent, state.get("sweep_run_id"))
-    state.set(sweep_run_id=run.id)
-    total = sum(_trials(settings) + settings.seeds for _ in plan)
-    done = 0
+    def run_for(tags: dict[str, str]) -> Run:
+        if experiment.kind == "sweep":
+            return parent
+        run = tracker.start("sweep", tags, parent, state.get("sweep_run_id"))
+        state.set(sweep_run_id=run.id)
+        return run
 
-    def on_trial(trial: Trial) -> str:
-        cell = trial.cell
-        trial_tags = {
-            "kind": "trial", "task": cell.task, "encoder": cell.name, "sweep": experiment.name, "role": trial.role,
-            "seed": trial.number if trial.role == "final" else str(experiment.seed), "weights": cell.weights,
-            "trial_key": trial.key, "git_commit": git_commit(),
-        }  # fmt: skip
-        child = tracker.start(f"{cell.task} {cell.name} {trial.role} {trial.number}", trial_tags, run)
-        with child.ending():
-            child.parameters({**trial.settings, "task": cell.task, "encoder": cell.name, "model": cell.model.name})
-            if cell.key in languages:
-                child.parameters({"language": languages[cell.key]})
-            # The page's comparison plot opens on the first metric that all runs share: for trials of several tasks,
-            # a score of one name. The test split's where there is one, else validation's.
-            metric = TASKS[cell.task].metric_key
-            score = trial.metrics.get(f"test/{metric}", trial.metrics[f"val/{metric}"])
-            child.metrics({"score": score, **trial.metrics}, step=len(trial.curve))
-            child.metric_rows(list(enumerate(trial.curve)))
-        advance(cell, f"{trial.role} {trial.number}")
-        return child.id
-
-    with contextlib.nullcontext() if single else run.ending(), progress_bar(console, "trials") as update:
-
-        def advance(cell: Cell, stage: str) -> None:
-            nonlocal done
-            done += stage.startswith(("search ", "final "))
-            update(min(done, total), total, f"{cell.task} / {cell.name}: {stage}")
-
-        leaderboard, failed = sweep(settings, plan, experiment.seed, experiment.folder / "sweep", on_trial, advance)
-        seeds = [experiment.seed + 1 + i for i in range(settings.seeds)]
-        leaderboard = dataclasses.replace(
-            leaderboard,
-            planned=plan_cells(settings.tasks, list(settings.encoders), seeds),
-            failures={(c.task, c.name): failed[c.key] for c in plan if c.key in failed},
-        )
-        for file in write_leaderboard(leaderboard, experiment.folder, experiment.name):
-            run.artifact(file)
-            if not single:
-                parent.artifact(file)
-        for score_task in leaderboard.tasks:
-            for encoder in leaderboard.encoders:
-                if (s := leaderboard.summary(score_task.name, encoder)) is not None:
-                    name = f"{score_task.name}/{encoder}"
-                    run.metrics({f"{name}/mean": s.mean} | ({f"{name}/std": s.std} if s.n > 1 else {}))
-    for key, message in failed.items():
-        console.print(f"  [red]failed[/] {key}: {message}")
-    if failed:
-        run.tags({"failed_cells": failures_tag(failed)})
-    return failed
-
-
-def _trials(settings: Sweep) -> int:
-    if settings.searcher != "grid":
-        return settings.trials if settings.search else 0
-    total = 1
-    for space in settings.search.values():
-        total *= len(space.values or [None])
-    return total
+    return run_sweep(experiment, settings, checkpoint, run_for, tracker, parent, console)
 
 
 def _closing(
@@ -370,14 +308,16 @@ def _closing(
     console.print()
     stages = state.get("seconds") or {}
     if seconds is not None:
-        parts = ", ".join(f"{name} {_time(s)}" for name, s in stages.items())
-        console.print(f"[bold green]Done[/] in {_time(seconds)} ({parts}).")
+        parts = ", ".join(f"{name} {spell_time(s)}" for name, s in stages.items())
+        console.print(f"[bold green]Done[/] in {spell_time(seconds)} ({parts}).")
     run = tracker.find(state.get("run_id"))
     lines = []
     if has_scores:
-        lines.append(("Leaderboard", f"{_short(folder / 'leaderboard.html')}, .md, .csv, .png"))
+        lines.append(
+            ("Leaderboard", f"{short_path(folder / 'leaderboard.md')}, {short_path(folder / 'leaderboard.png')}")
+        )
     if (folder / "pictures").exists():
-        lines.append(("Pictures", f"{_short(folder / 'pictures')}/"))
+        lines.append(("Pictures", f"{short_path(folder / 'pictures')}/"))
     if not tracker.uri.startswith("http"):
         uri = "" if tracker.uri == "sqlite:///mlflow.db" else f" --uri {mask(tracker.uri)}"
         lines.append(("Open MLflow", f"copernicus ui{uri}"))
@@ -398,42 +338,3 @@ def _stage(name: str, sections: list[str], seconds: dict[str, float], console: C
         yield
     finally:
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
-
-
-@contextlib.contextmanager
-def progress_bar(console: Console, title: str) -> Iterator[Any]:
-    """``update(done, total, note)`` draws a bar with elapsed and remaining time; off a terminal it prints a line now and
-    then instead."""
-    if not console.is_terminal:
-        last = [0.0]
-
-        def line(done: float, total: float, note: str = "") -> None:
-            if time.monotonic() - last[0] > 20 or done >= total:
-                last[0] = time.monotonic()
-                console.print(f"  {title} {done:g}/{total:g} {note}", highlight=False)
-
-        yield line
-        return
-    columns = (
-        TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=None, note="")
-
-        def update(done: float, total: float, note: str = "") -> None:
-            progress.update(task, completed=done, total=total, note=note)
-
-        yield update
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _short(path: Path) -> str:
-    """Relative to the working directory where that is shorter."""
-    with contextlib.suppress(ValueError):
-        return str(path.absolute().relative_to(Path.cwd()))
-    return str(path)

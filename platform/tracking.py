@@ -1,6 +1,7 @@
 """Everything that speaks to MLflow. One process, the driver, owns the store; workers send it their figures.
 
-Runs nest: a parent run for an experiment, below it its pretraining and its sweep, below the sweep its trials.
+Runs nest: a parent run for an experiment, below it its pretraining and its sweep, below the sweep its trials, which reach
+the store by way of `spool.py`. What is written here waits out a store that does not answer.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from copernicus.datasets.sensors import InputError
@@ -26,8 +27,13 @@ PARENT_TAG = "mlflow.parentRunId"
 TRAINING = (
     "workflowType=machine_learning"  # without it a browser new to the page gets the view made for language models
 )
-MAX_PARAMETER = 6000  # characters; MLflow's own limit
+MAX_PARAMETER, MAX_TAG, MAX_NAME = 6000, 8000, 250  # characters; MLflow's own limits
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
+PATIENCE_S = 300.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
+
+logger = logging.getLogger("copernicus.tracking")
+T = TypeVar("T")
 
 
 def quiet() -> None:
@@ -35,6 +41,8 @@ def quiet() -> None:
     for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # A line for each run that ends, and on a server one more request to write it.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
 def mask(text: str) -> str:
@@ -43,8 +51,49 @@ def mask(text: str) -> str:
     return re.sub(r"(password=)[^&\s]*", r"\1***", text)
 
 
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a call of MLflow's client raises when the store refuses, breaks or does not answer."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+
+    return MlflowException, RequestException
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed later: no answer, a busy store, a broken one; not a refusal."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import HTTPError, RequestException
+
+    if isinstance(error, HTTPError):  # raised by transfers of artifacts
+        return error.response is None or error.response.status_code >= 500 or error.response.status_code in (408, 429)
+    if not isinstance(error, MlflowException):
+        return isinstance(error, RequestException)  # the connection
+    # MLflow gives these three a status of the server's, though they are about the request.
+    if error.error_code in ("INVALID_STATE", "DATA_LOSS", "NOT_IMPLEMENTED"):
+        return False
+    return error.get_http_status_code() >= 500 or error.get_http_status_code() in (408, 429)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of a message, without passwords and not endless."""
+    return mask((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
+
+
+def clean_name(name: str) -> str:
+    """A parameter's or metric's name as MLflow takes it: letters, digits and ``_-. :/``, 250 characters, a plain path."""
+    name = re.sub(r"[^/\w.\- :]", "_", name)[:MAX_NAME]
+    parts = [part if part.strip(".") else "_" * max(1, len(part)) for part in name.split("/")]
+    return "/".join(parts)
+
+
+def clean_text(value: Any, most: int) -> str:
+    """A value as MLflow takes it: at most ``most`` characters, and none that its databases refuse."""
+    return str(value).replace("\0", "")[:most]
+
+
 class Run:
-    """One MLflow run, addressed by its id."""
+    """One MLflow run, addressed by its id. Whatever it writes can be written twice without harm, so that each write is
+    repeated while the store does not answer (`Tracker.patiently`)."""
 
     def __init__(self, tracker: Tracker, run_id: str):
         self.tracker = tracker
@@ -55,37 +104,36 @@ class Run:
         first stays and the new one becomes the tag ``changed.<key>``."""
         from mlflow.entities import Param
 
-        recorded = self.tracker.client.get_run(self.id).data.params
-        texts = {k: str(v)[:MAX_PARAMETER] for k, v in values.items()}
+        client = self.tracker.client
+        recorded = self.tracker.patiently(lambda: client.get_run(self.id)).data.params
+        texts = {clean_name(k): clean_text(v, MAX_PARAMETER) for k, v in values.items()}
         self.tags({f"changed.{k}": v for k, v in texts.items() if recorded.get(k, v) != v})
         params = [Param(k, v) for k, v in texts.items() if k not in recorded]
-        for start in range(0, len(params), 100):
-            self.tracker.client.log_batch(self.id, params=params[start : start + 100])
+        self.tracker.patiently(lambda: client.log_batch(self.id, params=params))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         self.metric_rows([(step, values)])
 
     def metric_rows(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Record many (step, metrics) at once."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [Metric(k, float(v), now, step) for step, values in rows for k, v in values.items()]
-        for start in range(0, len(metrics), 1000):
-            self.tracker.client.log_batch(self.id, metrics=metrics[start : start + 1000])
+        metrics = as_metrics(rows, int(time.time() * 1000))
+        self.tracker.patiently(lambda: self.tracker.client.log_batch(self.id, metrics=metrics))
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        for key, value in values.items():
-            self.tracker.client.set_tag(self.id, key, str(value))
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(clean_name(key), clean_text(value, MAX_TAG)) for key, value in values.items()]
+        self.tracker.patiently(lambda: self.tracker.client.log_batch(self.id, tags=tags))
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        self.tracker.client.log_artifact(self.id, str(path), folder)
+        self.tracker.patiently(lambda: self.tracker.client.log_artifact(self.id, str(path), folder))
 
     def text(self, text: str, name: str) -> None:
-        self.tracker.client.log_text(self.id, text, name)
+        self.tracker.patiently(lambda: self.tracker.client.log_text(self.id, text, name))
 
     def end(self, status: str = FINISHED) -> None:
-        self.tracker.client.set_terminated(self.id, status)
+        now = int(time.time() * 1000)
+        self.tracker.patiently(lambda: self.tracker.client.set_terminated(self.id, status, now))
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[Run]:
@@ -93,28 +141,50 @@ class Run:
         try:
             yield self
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or terminated
-            self.end(KILLED)
+            self._end_now(KILLED, {})
             raise
         except BaseException as error:
-            self.tags({"error": f"{type(error).__name__}: {error}"[:500]})
-            self.end(FAILED)
+            self._end_now(FAILED, {"error": f"{type(error).__name__}: {error}"[:500]})
             raise
         self.end(FINISHED)
+
+    def _end_now(self, status: str, tags: Mapping[str, str]) -> None:
+        """On the way out: nobody waits for a store that does not answer, and what happened is raised all the same."""
+        patience, self.tracker.patience = self.tracker.patience, 0.0
+        try:
+            self.tags(tags)
+            self.end(status)
+        except store_errors() as error:
+            logger.warning("MLflow's run %s could not be marked %s: %s", self.id, status, one_line(error))
+        finally:
+            self.tracker.patience = patience
+
+
+def as_metrics(rows: Sequence[tuple[int, Mapping[str, float]]], at_ms: int) -> list[Any]:
+    """MLflow's metrics of (step, values). The time is the caller's: one that is recorded again with the same time, step
+    and value is not doubled."""
+    from mlflow.entities import Metric
+
+    return [Metric(clean_name(k), float(v), at_ms, step) for step, values in rows for k, v in values.items()]
 
 
 class Tracker:
     """A tracking store and an experiment in it, made when missing.
 
+    ``patience`` (seconds) is how long a store may be silent, once it was there, before a write fails.
+
     Raises:
         InputError: the store cannot be opened or reached; the message masks passwords.
     """
 
-    def __init__(self, uri: str, experiment: str, artifacts: Path | None = None):
+    def __init__(self, uri: str, experiment: str, artifacts: Path | None = None, patience: float = PATIENCE_S):
         quiet()
-        # A server that is down should be said within seconds, not after minutes of back-off.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+        # MLflow's own retries send a request again whose answer was lost, and so make a run twice: `patiently` and the
+        # spool repeat what can be repeated, and look before they make a run again.
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        self.patience = patience
+        self._silent_since: float | None = None
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
@@ -138,26 +208,48 @@ class Tracker:
             else:
                 self.experiment_id = found.experiment_id
         except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-            reason = mask(str(error).strip().splitlines()[0])
-            raise InputError(f"tracking.uri: cannot use {mask(uri)}: {reason}") from None
+            raise InputError(f"tracking.uri: cannot use {mask(uri)}: {one_line(error)}") from None
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """What ``call`` gives, repeated while the store does not answer, until that has lasted for ``patience`` seconds.
+
+        An outage is one, however many calls it meets: when it has outlasted the patience, the next call is tried once.
+        """
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                result = call()
+            except store_errors() as error:
+                if not may_pass(error):
+                    raise
+                now = time.monotonic()
+                # A first failure may be no more than a kept connection that the server has closed: not worth a word.
+                if self._silent_since is None:
+                    self._silent_since = now
+                elif now - self._silent_since > self.patience:
+                    raise
+                elif pause == 2 * FIRST_PAUSE_S:
+                    logger.warning("the tracking server does not answer; trying again for up to %.0f s", self.patience)
+                time.sleep(min(pause, self.patience))
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            else:
+                self._silent_since = None
+                return result
 
     def start(self, name: str, tags: Mapping[str, Any], parent: Run | None = None, run_id: str | None = None) -> Run:
         """Start a run, or go on with ``run_id`` (an interrupted one that still exists)."""
         if run_id is not None and (run := self.find(run_id)) is not None:
-            self.client.update_run(run_id, status="RUNNING")
+            self.patiently(lambda: self.client.update_run(run_id, status="RUNNING"))
             return run
-        all_tags = {"mlflow.runName": name, "mlflow.user": _user(), "mlflow.source.name": "copernicus"}
-        all_tags |= {k: str(v) for k, v in tags.items()}
-        if parent is not None:
-            all_tags[PARENT_TAG] = parent.id
-        return Run(self, self.client.create_run(self.experiment_id, tags=all_tags, run_name=name).info.run_id)
+        creation = Creation(self, name, tags, parent.id if parent else None, int(time.time() * 1000))
+        return Run(self, self.patiently(creation))
 
     def find(self, run_id: str) -> Run | None:
         """The run of that id, if it is still there."""
         from mlflow.exceptions import MlflowException
 
         try:
-            found = self.client.get_run(run_id)
+            found = self.patiently(lambda: self.client.get_run(run_id))
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -166,7 +258,8 @@ class Tracker:
 
     def history(self, run: Run, metric: str) -> list[tuple[int, float]]:
         """All (step, value) of a metric, by step."""
-        return sorted((m.step, m.value) for m in self.client.get_metric_history(run.id, metric))
+        history = self.patiently(lambda: self.client.get_metric_history(run.id, metric))
+        return sorted((m.step, m.value) for m in history)
 
     def last_step(self, run: Run, metric: str) -> int:
         """The last step at which a metric was recorded; -1: never."""
@@ -181,11 +274,93 @@ class Tracker:
     def run_link(self, run: Run) -> str:
         return f"{self.page}/#/experiments/{self.experiment_id}/runs/{run.id}?{TRAINING}"
 
+    def runs_link(self, search: str, order_by: str = "metrics.`score`", ascending: bool = False) -> str:
+        """A page of the runs that ``search`` finds, such as ``tags.task = 'eurosat_s2' and tags.role = 'final'``.
+
+        In the page's own order, by creation, runs are folded into their parents, found or not: hence an order by a metric,
+        in which they are a plain list.
+        """
+        asked = {"searchFilter": search, "orderByKey": order_by, "orderByAsc": str(ascending).lower()}
+        query = "&".join(f"{key}={quote(value, safe='')}" for key, value in asked.items())
+        return f"{self.page}/#/experiments/{self.experiment_id}/runs?{query}&{TRAINING}"
+
+    def view_link(
+        self,
+        key: str,
+        search: str,
+        parameters: Sequence[str] = ("task", "encoder", "lr"),
+        metric: str = "score",
+        tags: Sequence[str] = ("role", "seed"),
+        group_by: Sequence[str] = (),
+        chart: bool = False,
+    ) -> str:
+        """A page of runs made ready, as the page's own "share" makes one: columns of the parameters, tags and the metric,
+        runs grouped by parameters if wanted; with ``chart``, parallel coordinates of the parameters and the metric.
+
+        The view is kept in the experiment under ``key``; another of the same key takes its place. A page of MLflow holds
+        100 runs, the chart those that the page holds: give a ``search`` that finds no more, or press "Load more".
+        """
+        section = {"uuid": "sweep", "name": "Sweep", "display": True, "isReordered": False, "deleted": False}
+        coordinates = {
+            "type": "PARALLEL", "uuid": "coordinates", "metricSectionId": "sweep", "deleted": False, "isGenerated": False,
+            "selectedParams": list(parameters), "selectedMetrics": [metric], "showAllRuns": True, "runsCountToCompare": 10,
+        }  # fmt: skip
+        columns = [f"params.`{p}`" for p in parameters] + [f"metrics.`{metric}`"] + [f"tags.`{t}`" for t in tags]
+        groups = [{"mode": "param", "groupByData": name} for name in group_by]
+        state = {
+            "searchFilter": search, "orderByKey": f"metrics.`{metric}`", "orderByAsc": False, "startTime": "ALL",
+            "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
+            "selectedColumns": ["attributes.`Duration`", *columns],
+            "groupBy": {"aggregateFunction": "average", "groupByKeys": groups} if groups else None,
+            "compareRunSections": [section], "compareRunCharts": [coordinates],
+        }  # fmt: skip
+        tag = f"mlflow.sharedViewState.{key}"
+        self.patiently(lambda: self.client.set_experiment_tag(self.experiment_id, tag, json.dumps(state)))
+        mode = "&compareRunsMode=CHART" if chart else ""
+        address = f"{self.page}/#/experiments/{self.experiment_id}/runs"
+        return f"{address}?viewStateShareKey={quote(key, safe='')}{mode}&{TRAINING}"
+
     def compare_link(self, run_ids: Sequence[str]) -> str:
         """A page that shows these runs side by side; its plot opens on the metric that was recorded first."""
         runs = quote(json.dumps(list(run_ids), separators=(",", ":")), safe="")
         experiments = quote(json.dumps([self.experiment_id]), safe="")
         return f"{self.page}/#/compare-runs?runs={runs}&experiments={experiments}&{TRAINING}"
+
+
+class Creation:
+    """Makes one run, however often it is called: where an earlier call may have made it without our hearing of it, the
+    run is looked for by its start, to the millisecond, and its tags. ``begun``: an earlier process may have."""
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        name: str,
+        tags: Mapping[str, Any],
+        parent: str | None,
+        start_ms: int,
+        begun: bool = False,
+    ):
+        all_tags = {"mlflow.runName": name, "mlflow.user": _user(), "mlflow.source.name": "copernicus"} | dict(tags)
+        if parent is not None:
+            all_tags[PARENT_TAG] = parent
+        self.tracker, self.name, self.start_ms, self.begun = tracker, name, start_ms, begun
+        self.tags = {clean_name(k): clean_text(v, MAX_TAG) for k, v in all_tags.items()}
+
+    def __call__(self) -> str:
+        """The run's id."""
+        if self.begun and (made := self.made()):
+            return made[0]
+        self.begun = True
+        client, experiment = self.tracker.client, self.tracker.experiment_id
+        return client.create_run(experiment, self.start_ms, self.tags, self.name).info.run_id
+
+    def made(self) -> list[str]:
+        """Ids of the runs that earlier calls made."""
+        found = self.tracker.client.search_runs(
+            [self.tracker.experiment_id], f"attributes.start_time = {self.start_ms}", max_results=1000
+        )
+        expected = self.tags.items() - {("mlflow.user", self.tags["mlflow.user"])}  # another may resume
+        return [r.info.run_id for r in found if expected <= r.data.tags.items()]
 
 
 def _open_database(uri: str) -> None:

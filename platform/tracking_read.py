@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from copernicus.datasets.bench.tasks import get_task
 from copernicus.datasets.sensors import InputError
-from copernicus.platform.leaderboard import Cell, Leaderboard, Score, join, plan_cells
+from copernicus.platform.leaderboard import Cell, Leaderboard, Score, join
 from copernicus.platform.tracking import FAILED, FINISHED, mask, quiet
 
 if TYPE_CHECKING:
@@ -216,7 +216,13 @@ def _planned(sweep: SweepRuns, notes: list[str]) -> dict[Cell, tuple[int, ...]]:
     for parent in sweep.parents:
         try:
             cells = json.loads(parent.data.tags["cells"])
-            return plan_cells(cells["tasks"], cells["encoders"], [int(seed) for seed in cells["seeds"]])
+            seeds = cells["seeds"]  # the same for all encoders, or by encoder: closed forms need but one
+            by_encoder = seeds if isinstance(seeds, dict) else dict.fromkeys(cells["encoders"], seeds)
+            return {
+                (task, encoder): tuple(int(seed) for seed in by_encoder[encoder])
+                for task in cells["tasks"]
+                for encoder in cells["encoders"]
+            }
         except (KeyError, ValueError, TypeError):
             continue
     notes.append("the sweep's run does not say what was planned (tag cells), so cells without any run cannot be shown")

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from copernicus.datasets.baseline import POLICIES
-from copernicus.datasets.bench import TASKS
+from copernicus.datasets.bench import SELECTABLE, TASKS, VARIANTS, get_task, select_tasks
+from copernicus.datasets.miniature.tasks import TASKS as MINIATURE_TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.models.blocks import check_sizes
 from copernicus.models.language import LANGUAGE_SUFFIXES
 from copernicus.models.sources import is_remote
 from copernicus.models.zoo import ENCODERS, ZOO, check_encoder
-from copernicus.platform.experiment import SCALES, SECTIONS, Experiment, ExperimentError, Model
+from copernicus.platform.experiment import PROTOCOLS, QUICK, SCALES, SECTIONS, Experiment, ExperimentError, Model
 
 
 def validate(e: Experiment, source: str) -> None:
@@ -68,6 +69,14 @@ def validate(e: Experiment, source: str) -> None:
         choice("miniature.scale", e.miniature.scale, SCALES)
         positive("miniature.grids", e.miniature.grids)
         made = [Path(e.miniature.out).absolute()]
+        try:
+            written = {task for name in e.miniature.task_names() for task in MINIATURE_TASKS[name].tasks}
+        except InputError as error:
+            raise wrong("miniature.tasks", str(error)) from None
+        if e.sweep and made[0] in Path(e.sweep.data).absolute().parents:
+            for task in e.sweep.tasks:
+                if (name := task.partition("-")[0]) in MINIATURE_TASKS and name not in written:
+                    raise wrong("miniature.tasks", f"lacks {name}, which sweep.tasks looks for in {e.sweep.data}")
 
     def exists(path: str, value: str) -> None:
         here = Path(value).absolute()
@@ -174,12 +183,14 @@ def validate(e: Experiment, source: str) -> None:
             raise wrong("sweep.data", "missing: give the folder that holds the benchmark's task folders")
         exists("sweep.data", s.data)
         if not s.tasks:
-            raise wrong("sweep.tasks", f"empty; valid choices: {', '.join(TASKS)}")
+            raise wrong("sweep.tasks", f"empty; valid choices: {', '.join(SELECTABLE)}")
         for i, task in enumerate(s.tasks):
-            choice(f"sweep.tasks[{i}]", task, tuple(TASKS))
-        for task, size in s.image_size.items():
-            choice(f"sweep.image_size.{task}", task, tuple(TASKS))
-            multiple(f"sweep.image_size.{task}", size, TASKS[task].sensor.patch_kernel)
+            choice(f"sweep.tasks[{i}]", task, SELECTABLE)
+        tasks = [get_task(name) for name in select_tasks(s.tasks)]
+        for name, size in s.image_size.items():
+            choice(f"sweep.image_size.{name}", name, (*TASKS, *VARIANTS))
+            multiple(f"sweep.image_size.{name}", size, get_task(name).sensor.patch_kernel)
+        choice("sweep.protocol", s.protocol, PROTOCOLS)
         if not s.encoders:
             raise wrong("sweep.encoders", "empty: name at least one encoder, as in {random: {weights: none}}")
         for name, encoder in s.encoders.items():
@@ -191,11 +202,25 @@ def validate(e: Experiment, source: str) -> None:
                 raise wrong(f"{here}.model", "missing: this experiment pretrains no model to take")
             chosen = encoder.model or e.pretrain.model  # type: ignore[union-attr]
             arguments = {**chosen.encoder_overrides(), **({"language": ""} if encoder.language else {})}
-            for task in s.tasks:
+            for task in tasks:
                 try:
-                    check_encoder(chosen.name, TASKS[task].sensor, **arguments)
+                    check_encoder(chosen.name, task.sensor, **arguments)
                 except InputError as error:
-                    raise wrong(here, f"task {task}: {error}") from None
+                    raise wrong(here, f"task {task.name}: {error}") from None
+            protocol = encoder.protocol or s.protocol
+            choice(f"{here}.protocol", protocol, PROTOCOLS)
+            dense = [task.name for task in tasks if task.dense]
+            if protocol in QUICK and dense:
+                raise wrong(
+                    f"{here}.protocol",
+                    f"{protocol} is for image-level tasks; {', '.join(dense)}: a target for each pixel",
+                )
+            for key in ("blocks", "lora_rank"):
+                positive(f"{here}.{key}", getattr(encoder, key))
+                if getattr(encoder, key) is not None and protocol != "finetune":
+                    raise wrong(f"{here}.{key}", f"is of the protocol finetune, not of {protocol}")
+            if protocol == "scratch" and encoder.weights != "none":
+                raise wrong(f"{here}.weights", "scratch trains from random weights: leave weights out, or say finetune")
             language(f"{here}.language", encoder.language)
             if encoder.seed < 0:
                 raise wrong(f"{here}.seed", f"must be at least 0, it is {encoder.seed}")
@@ -223,6 +248,10 @@ def validate(e: Experiment, source: str) -> None:
         if s.searcher == "grid" and any(not space.values for space in s.search.values()):
             raise wrong("sweep.searcher", "grid needs values (not low and high) for everything it searches")
         choice("sweep.preset", s.preset, ("default", "published"))
-        for key in ("trials", "seeds", "epochs", "batch_size", "cpus_per_trial"):
+        choice("sweep.scheduler", s.scheduler, ("none", "asha"))
+        choice("sweep.head", s.head, ("upernet", "light"))
+        choice("sweep.precision", s.precision, ("float32", "bf16"))
+        choice("sweep.features", s.features, ("auto", "cached", "live"))
+        for key in ("trials", "seeds", "epochs", "batch_size", "cpus_per_trial", "cache_gb", "max_concurrent"):
             positive(f"sweep.{key}", getattr(s, key))
         positive("sweep.gpus_per_trial", s.gpus_per_trial, zero=True)

@@ -22,9 +22,9 @@ from copernicus.platform.parts import Parts, Report
 
 VERSION = 1
 """Of the checks; what an interrupted job of another version left is done anew."""
-_METADATA = b"copernicus_verify"
+METADATA = b"copernicus_verify"
 _READERS_PER_CPU = 2
-_NAMED = 3
+NAMED = 3
 NAMES, REST = "json", "tar, grid"
 """How the summary calls the members and rows of no sensor."""
 
@@ -76,7 +76,7 @@ class Summary:
                 for one in said:
                     counts[one["reason"]] += 1
                     named = self.first.setdefault(one["reason"], [])
-                    if len(named) < _NAMED:
+                    if len(named) < NAMED:
                         named.append((_place(row, self.root), one["detail"]))
 
     @property
@@ -96,7 +96,7 @@ def verify_shards(shards: Sequence[str], path: str, report: Report) -> Summary:
     parts.make(shards, report)
     summary = Summary(_root(shards), len(shards))
     sink = pa.BufferOutputStream()
-    schema = SCHEMA.with_metadata({_METADATA: json.dumps({"version": VERSION}).encode()})
+    schema = SCHEMA.with_metadata({METADATA: json.dumps({"version": VERSION}).encode()})
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
         grids: dict[str, str] = {}
         for table in _with_duplicates(parts, shards, grids):
@@ -122,11 +122,11 @@ def verified(uri: str) -> pa.Table:
     if any("unreadable" in row.faults for row in rows):
         stamp = None
     described = json.dumps({"version": VERSION, "stamp": stamp})
-    return to_table(rows).replace_schema_metadata({_METADATA: described.encode()})
+    return to_table(rows).replace_schema_metadata({METADATA: described.encode()})
 
 
 def _stamp(table: pa.Table, uri: str) -> Stamp | None:
-    described = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
+    described = json.loads((table.schema.metadata or {}).get(METADATA, b"{}"))
     known = described.get("version") == VERSION and described["stamp"] is not None
     return Stamp(*described["stamp"]) if known else None
 
@@ -153,7 +153,7 @@ def check_place(path: str) -> None:
     if stamps([path])[0] is None:
         return
     try:
-        ours = _METADATA in (pq.read_schema(pa.BufferReader(read_bytes(path))).metadata or {})
+        ours = METADATA in (pq.read_schema(pa.BufferReader(read_bytes(path))).metadata or {})
     except (pa.ArrowException, OSError):
         ours = False
     if not ours:

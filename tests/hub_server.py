@@ -3,7 +3,8 @@
 ``/plain/<path>`` serves ranges, ``/whole/<path>`` does not. A data set's file is at ``/datasets/<owner>/<name>/resolve/
 <revision>/<path>``; a tar's bytes lie, as on the hub, on another server (``cdn``), at an address signed for a while. A
 model's file is at ``/own/model/resolve/<revision>/<path>``; a weights file's bytes lie elsewhere too, and its tag is its
-sha256.
+sha256. The benchmark's files are at ``/datasets/wangyi111/Copernicus-Bench/resolve/<revision>/<path>``, of any revision, and
+their bytes elsewhere likewise.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 class HubServer:
     """Use as a context. ``files`` are those served, by path; change them as you like. ``cdn`` is where signed addresses
-    point to; `expire` makes those given so far invalid. ``tokens`` are the Authorization headers that came, by path."""
+    point to; `expire` makes those given so far invalid. ``tokens`` are the Authorization headers that came, by path.
+    ``told`` are sha256 tags of files of the benchmark that are not those of their bytes."""
 
     def __init__(self, files: dict[str, bytes]):
         self.files = files
         self.signature = 1
         self.tokens: list[tuple[str, str]] = []
+        self.told: dict[str, str] = {}
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.address = ("127.0.0.1", self._server.server_address[1])
@@ -65,6 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.tokens.append((path, self.headers.get("Authorization", "")))
         resolve = re.fullmatch(r"/datasets/own/set/resolve/(main|v1)/(.+)", path)
         model = re.fullmatch(r"/own/model/resolve/(main|v1|refs/pr/1)/(.+)", path)
+        bench = re.fullmatch(r"/datasets/wangyi111/Copernicus-Bench/resolve/[^/]+/(.+)", path)
         tree = re.fullmatch(r"/api/datasets/own/set/tree/main(?:/(.*))?", path)
         if found := re.fullmatch(r"/(?:plain|whole)/(.+)", path):
             self._file(found[1], ranges=path.startswith("/plain"))
@@ -81,6 +85,10 @@ class _Handler(BaseHTTPRequestHandler):
             )
         elif resolve:
             self._file(resolve[2])
+        elif bench and bench[1] in hub.files:
+            where = f"{hub.cdn}/cdn/{hub.signature}/{bench[1]}?Signature=secret"
+            tag = hub.told.get(bench[1]) or hashlib.sha256(hub.files[bench[1]]).hexdigest()
+            self._say(302, Location=where, **{"X-Linked-ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
         elif model and model[2] in hub.files:
             data = hub.files[model[2]]
             headers = {"X-Repo-Commit": hashlib.sha1(model[1].encode()).hexdigest()}

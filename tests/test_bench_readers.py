@@ -4,16 +4,19 @@ import copy
 import datetime
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 import torch
-from bench_files import EUROSAT_FILE_BANDS, write_cloud, write_eurosat, write_flood, write_no2, write_tif
+from bench_files import EUROSAT_FILE_BANDS, noise_bench, write_cloud, write_eurosat, write_flood, write_no2, write_tif
 
-from copernicus.datasets import SENSORS, TASKS, InputError
-from copernicus.datasets.bench.reader import find_date, resize_image, resize_label
+from copernicus.datasets import SENSORS, TASKS, InputError, get_task
+from copernicus.datasets.bench.raster import find_date
+from copernicus.datasets.bench.resize import published_mask, published_nearest, resize_image, resize_label
+from copernicus.datasets.bench.tasks import VARIANTS
 
 
 def days(*date: int) -> int:
@@ -32,21 +35,29 @@ def bench(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("noise")
+    noise_bench(folder)
+    return folder
+
+
 def read(path: Path) -> np.ndarray:
     with rasterio.open(path) as file:
         return file.read().astype(np.float64)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, *VARIANTS])
 def test_every_spec_is_whole(name):
-    task = TASKS[name]
+    task = get_task(name)
+    assert task.name == name
     assert set(task.splits) == {"train", "val", "test"}
     assert task.input_size % task.sensor.patch_kernel == 0
     assert "copernicus_fm_vit_b16" in task.published
     assert task.dates == len(task.sensors("default")) == len(task.sensors("published"))
     assert sorted(task.file_bands) == sorted(task.sensor.bands) or not task.file_bands
     if task.label_codes:
-        assert set(task.label_codes.values()) == {*range(task.num_classes), task.ignore_index}
+        assert set(task.label_codes.values()) - {task.ignore_index} == set(range(task.num_classes))
 
 
 @pytest.mark.parametrize("preset", ["default", "published"])
@@ -104,16 +115,17 @@ def test_published_resizing_aligns_the_corners(bench):
 def test_default_resizing_keeps_the_mean_and_the_place():
     image = torch.zeros(1, 64, 64)
     image[:, 32:] = 1
-    small = resize_image(image, 16, "bilinear", "default")
+    small = resize_image(image, 16, "bilinear")
     assert float(small.mean()) == pytest.approx(0.5, abs=1e-6)
     torch.testing.assert_close(small.flip(-2), 1 - small)
 
 
 def test_label_resizing():
     label = np.arange(8)[None, :].repeat(8, 0)
-    assert resize_label(label, 4, "default")[0].tolist() == [1, 3, 5, 7]
-    assert resize_label(label, 4, "published")[0].tolist() == [0, 2, 4, 6]
-    assert resize_label(label, 16, "default")[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]
+    assert resize_label(label, 4)[0].tolist() == [1, 3, 5, 7]
+    assert published_mask(label, 4)[0].tolist() == published_nearest(label, 4)[0].tolist() == [0, 2, 4, 6]
+    for resize in (resize_label, published_mask, published_nearest):
+        assert resize(label, 16)[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]
 
 
 @pytest.mark.parametrize("preset", ["default", "published"])
@@ -124,7 +136,7 @@ def test_cloud_labels_scale_and_date(bench, preset):
     assert sample["target"][0].unique().tolist() == [255]
     assert sample["target"][1:, :24].unique().tolist() == [0]
     assert sample["target"][1:, 24:].unique().tolist() == [2]
-    raw = read(bench / f"cloud_s3/s3_olci/{sample['id']}")
+    raw = read(bench / f"cloud_s3/s3_olci/{sample['id']}.tif")
     expected = np.nan_to_num(raw * np.array(SENSORS["s3_olci"].scale)[:, None, None])
     np.testing.assert_allclose(sample["image"].numpy(), expected, rtol=1e-5)
     assert sample["metadata"][2] == days(2020, 7, 2)
@@ -175,10 +187,10 @@ def test_no2_targets_are_normalised_and_masked(bench):
     assert sample["metadata"][2:].tolist() == [days(2021, 1, 1), 16.0]
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_folder_may_be_the_root_or_its_parent(bench, name):
-    task = TASKS[name]
-    above, below = task.open(bench, "val"), task.open(bench / task.directory, "val")
+@pytest.mark.parametrize("name", [*TASKS, *VARIANTS])
+def test_folder_may_be_the_root_or_its_parent(noise, name):
+    task = get_task(name)
+    above, below = task.open(noise, "val"), task.open(noise / task.directory, "val")
     assert len(above) == len(below) > 0
     assert torch.equal(above[0]["image"], below[0]["image"])
     with pytest.raises(IndexError):
@@ -253,20 +265,56 @@ def test_fingerprint_follows_the_data(bench, tmp_path):
     assert task.open(tmp_path, "val").fingerprint() != before
 
 
-def test_specs_travel_between_processes():
-    assert copy.deepcopy(TASKS["flood_s1"]) == TASKS["flood_s1"]
-    assert json.dumps(TASKS["flood_s1"].published)
+@pytest.mark.parametrize("name", [*TASKS, *VARIANTS])
+def test_specs_and_datasets_travel_between_processes(noise, name):
+    task = get_task(name)
+    assert copy.deepcopy(task) == task
+    assert json.dumps(task.published)
+    dataset = task.open(noise, "val")
+    before = dataset[0]
+    copied = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copied[0]["image"], before["image"])
+    assert copied.fingerprint() == dataset.fingerprint()
 
 
-def real_data() -> Path:
+def test_hdf5_is_opened_again_in_a_forked_process(noise):
+    dataset = TASKS["lcz_s2"].open(noise, "val")
+    before = [dataset[i]["image"] for i in range(len(dataset))]
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for sample, expected in zip(loader, before, strict=True):
+        assert torch.equal(sample["image"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("lcz_s2", ["lcz_val.h5"]),
+        ("lc100cls_s3", ["multilabel-val.csv", "static_fnames-val.csv", "s3_olci/0200599_val_-70.25_-55.25/*"]),
+        ("lc100cls_s3-series", ["s3_olci/0200600_val_-70.25_-55.25/*20190812*"]),
+        ("biomass_s3", ["biomass/*val_1.tif"]),
+        ("aq_o3_s5p-seasonal", ["s5p_seasonal/*val*/2021-10*"]),
+    ],
+)
+def test_fingerprint_covers_every_file(noise, name, files):
+    task = get_task(name)
+    for pattern in files:
+        (path,) = (noise / task.directory).glob(pattern)
+        status, before = path.stat(), task.open(noise, "val").fingerprint()
+        os.utime(path, ns=(1, 1))
+        assert task.open(noise, "val").fingerprint() != before
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert task.open(noise, "val").fingerprint() == before
+
+
+def real_data(part: str) -> Path:
     folder = Path(os.environ.get("COPERNICUS_REAL_DATA", Path(__file__).parents[1] / "../shared/data"))
-    if not (folder / "eurosat_s2_subset").is_dir():
+    if not (folder / part).is_dir():
         pytest.skip(f"no real images in {folder} (set COPERNICUS_REAL_DATA)")
     return folder
 
 
 def test_real_eurosat_lies_where_its_index_says():
-    folder = real_data() / "eurosat_s2_subset"
+    folder = real_data("eurosat_s2_subset") / "eurosat_s2_subset"
     rows = [line.split(",") for line in (folder / "index.csv").read_text().splitlines()[1:]]
     place = {row[0]: (float(row[3]), float(row[4])) for row in rows}
     for split, count in (("train", 120), ("val", 40), ("test", 40)):
@@ -277,3 +325,17 @@ def test_real_eurosat_lies_where_its_index_says():
             assert sample["metadata"][:2].tolist() == pytest.approx(place[f"{sample['id']}.tif"], abs=5e-3)
             assert sample["image"].isfinite().all()
             assert TASKS["eurosat_s2"].classes[int(sample["target"])] == sample["id"].split("_")[0]
+
+
+def test_real_bigearthnet_pairs_show_one_place():
+    folder = real_data("bigearthnet_s1s2")
+    for split, count in (("train", 4), ("val", 1), ("test", 1)):
+        radar, optical = (TASKS[name].open(folder, split) for name in ("bigearthnet_s1", "bigearthnet_s2"))
+        assert len(radar) == len(optical) == count
+        for s1, s2 in zip(radar, optical, strict=True):
+            assert torch.equal(s1["target"], s2["target"])
+            assert 1 <= int(s1["target"].sum()) <= 10
+            assert s1["metadata"][:2].tolist() == pytest.approx(s2["metadata"][:2].tolist(), abs=1e-3)
+            assert abs(float(s1["metadata"][2] - s2["metadata"][2])) <= 1  # pairs of the same day, or the next
+            assert s2["image"].isfinite().all()
+            assert s1["image"].mean((-2, -1)).abs().max() < 2  # land, by the benchmark's statistics of dB

@@ -96,7 +96,7 @@ def test_what_is_written_reads_back_the_same():
         ("pretrain.betas=[0.9, 0.99]", "pretrain.betas", [0.9, 0.99]),
         ("pretrain.image_size={s2_toa: 96, dem: 128}", "pretrain.image_size", {"s2_toa": 96, "dem": 128}),
         ("pretrain.image_size.dem=64", "pretrain.image_size", {"s2_toa": 64, "dem": 64}),
-        ("sweep.tasks[1]=cloud_s3", "sweep.tasks", ["eurosat_s2", "cloud_s3"]),
+        ("sweep.tasks[1]=cloud_s3", "sweep.tasks", ["cloud_s3", "eurosat_s2"]),
         ("sweep.search.lr.low=0.01", "sweep.search.lr.low", 0.01),
         ("sweep.encoders.random.model.depth=6", "sweep.encoders.random.model.depth", 6),
         ("tracking.uri=http://127.0.0.1:5000", "tracking.uri", "http://127.0.0.1:5000"),

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from boards import plan_cells
 from matplotlib.image import imread
 from rich.console import Console
 from scipy import stats
@@ -15,7 +16,7 @@ from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import InputError
 from copernicus.platform.board_files import read_leaderboard, write_leaderboard
 from copernicus.platform.figures import draw_aggregates, draw_curves, draw_panels, draw_ranks
-from copernicus.platform.leaderboard import Leaderboard, Score, join, mean_curve, plan_cells
+from copernicus.platform.leaderboard import Leaderboard, Score, join, mean_curve
 from copernicus.platform.tables import document, pair_csv, score_csv, terminal
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ SEED, GRIDS = 3, 24
 def earth(tmp_path_factory):
     steps = []
     out = tmp_path_factory.mktemp("earth") / "new"
-    summary = write_miniature(out, GRIDS, SEED, "tiny", progress=lambda *step: steps.append(step))
+    tasks = ["eurosat_s2", "cloud_s3", "flood_s1", "aq_no2_s5p"]  # the others: test_miniature_tasks.py
+    summary = write_miniature(out, GRIDS, SEED, "tiny", progress=lambda *step: steps.append(step), tasks=tasks)
     return summary, steps
 
 
@@ -184,8 +186,8 @@ def test_values_are_in_the_range_that_the_sensors_statistics_expect(grids):
 
 
 def test_cities_are_bright_in_radar_water_is_dark():
+    from copernicus.datasets.miniature.places import find_place
     from copernicus.datasets.miniature.radar import s1_grd
-    from copernicus.datasets.miniature.tasks import find_place
 
     planet, levels = Planet(SEED), {}
     for cover in (Cover.RESIDENTIAL, Cover.SEA_LAKE, Cover.FOREST):
@@ -206,38 +208,86 @@ def tree_hash(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def micro(monkeypatch):
-    """The smallest miniature: five grids in three shards, a few samples."""
+    """The smallest miniature: five grids in three shards, two samples a task."""
     pretrain = PretrainScale(1, 1, 1, 1, 16, 8, 4, 64, 2)
-    splits = (("train", 1), ("val", 1), ("test", 1))
+    splits = (("train", 1), ("test", 1))
     tasks = {name: TaskScale(16, splits) for name in write_module.SCALES["tiny"].tasks}
     monkeypatch.setitem(write_module.SCALES, "tiny", write_module.Scale(pretrain, tasks))
 
 
 @pytest.mark.usefixtures("micro")
 def test_same_seed_same_bytes_on_any_number_of_workers(tmp_path):
-    for name, seed, workers in (("one", 5, 1), ("two", 5, 2), ("other", 6, 1)):
-        write_miniature(tmp_path / name, 5, seed, "tiny", workers=workers)
+    some = ["eurosat_s2", "lcz_s2"]
+    write_miniature(tmp_path / "one", 5, 5, "tiny")
+    write_miniature(tmp_path / "two", 5, 5, "tiny", workers=2)
+    write_miniature(tmp_path / "other", 5, 6, "tiny", tasks=some)
     one, two, other = (tree_hash(tmp_path / name) for name in ("one", "two", "other"))
     assert one == two
-    assert len(one) == 3 + 1 + 6 + 12 + 27 + 21  # shards, manifest, EuroSAT, cloud, flood, air quality
+    counts = Counter(path.split("/")[1] for path in one if path.startswith("bench/"))
+    # One to four dates a place.
+    assert 2 * (1 + 1) + 2 * 2 <= counts.pop("lc100_s3") <= 2 * (1 + 4) + 2 * 2
+    assert 2 * (1 + 1) + 2 <= counts.pop("biomass_s3") <= 2 * (1 + 4) + 2
+    assert counts == {
+        "cloud_s2": 2 * 2 + 2,
+        "cloud_s3": 2 * 3 + 2,
+        "eurosat_s1": 2 + 2,
+        "eurosat_s2": 2 + 2,
+        "bigearthnet_s1s2": 2 * 2 + 2,
+        "dfc2020_s1s2": 2 * 3 + 2,
+        "flood_s1": 2 * 8 + 2,
+        "lcz_s1s2": 2,
+        "airquality_s5p": 2 * (2 * 6 + 2),
+    }
     assert one["pretrain/example-000001.tar"] != other["pretrain/example-000001.tar"]
-    assert all(one[name] != other[name] for name in one if "eurosat" in name and name.endswith(".tif"))
+    assert all(one[name] != other[name] for name in one if name in other and name.endswith((".tif", ".h5")))
+    assert "bench/lcz_s1s2/lcz_train.h5" in other
+    assert {path.split("/")[1] for path in other if path.startswith("bench/")} == {"eurosat_s2", "lcz_s1s2"}
+
+
+@pytest.mark.usefixtures("micro")
+def test_tasks_are_added_to_a_miniature_that_is_there(tmp_path):
+    def manifest() -> dict:
+        return json.loads((tmp_path / "earth" / "miniature.json").read_text())
+
+    write_miniature(tmp_path / "earth", 2, 0, "tiny", tasks=[])
+    assert manifest()["pretrain"]
+    assert manifest()["tasks"] == []
+    assert not (tmp_path / "earth" / "bench").exists()
+    write_miniature(tmp_path / "earth", 2, 0, "tiny", tasks=["aq_no2_s5p"])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.t*") if path.is_file()}
+    asked = write_miniature(tmp_path / "earth", 2, 0, "tiny", tasks=["dfc2020_s2", "cloud_s2"])
+    assert list(asked.samples) == ["cloud_s2", "dfc2020_s2"]
+    assert manifest()["tasks"] == ["cloud_s2", "dfc2020_s1", "dfc2020_s2", "aq_no2_s5p"], (
+        "a folder's tasks come together"
+    )
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+    # In whatever order they come, the files are the same.
+    write_miniature(tmp_path / "again", 2, 0, "tiny", tasks=["dfc2020_s1", "cloud_s2", "aq_no2_s5p"])
+    assert tree_hash(tmp_path / "again") == tree_hash(tmp_path / "earth")
+    # Of an interrupted task nothing is taken for done; of what was done nothing is written again.
+    (tmp_path / "earth" / "miniature.json").write_text(json.dumps(manifest() | {"tasks": ["aq_no2_s5p"]}))
+    lost = next((tmp_path / "earth" / "bench" / "cloud_s2" / "cloud").iterdir())
+    lost.unlink()
+    write_miniature(tmp_path / "earth", 2, 0, "tiny", tasks=["cloud_s2"])
+    assert lost.exists()
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+    assert manifest()["tasks"] == ["cloud_s2", "aq_no2_s5p"]
 
 
 @pytest.mark.usefixtures("micro")
 def test_a_miniature_is_written_once_and_never_over_something_else(tmp_path):
-    out = tmp_path / "earth"
-    first = write_miniature(out, 2, 0, "tiny")
+    out, tasks = tmp_path / "earth", ["cloud_s3"]
+    first = write_miniature(out, 2, 0, "tiny", tasks=tasks)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert write_miniature(out, 2, 0, "tiny") == first
+    assert write_miniature(out, 2, 0, "tiny", tasks=tasks) == first
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     with pytest.raises(InputError, match="another miniature"):
-        write_miniature(out, 3, 0, "tiny")
-    # An interrupted one is done again.
+        write_miniature(out, 3, 0, "tiny", tasks=tasks)
+    # Interrupted shards are written again.
     manifest = json.loads((out / "miniature.json").read_text())
-    (out / "miniature.json").write_text(json.dumps(manifest | {"complete": False}))
+    (out / "miniature.json").write_text(json.dumps(manifest | {"pretrain": False}))
     first.shards[0].unlink()
-    write_miniature(out, 2, 0, "tiny")
+    write_miniature(out, 2, 0, "tiny", tasks=tasks)
     assert first.shards[0].exists()
 
 
@@ -249,6 +299,7 @@ def test_wrong_arguments(tmp_path):
         ((tmp_path / "new", 0, 0), "grids=0"),
         ((tmp_path / "new", 2, -1), "seed=-1"),
         ((tmp_path / "new", 2, 0, "huge"), "no scale 'huge'"),
+        ((tmp_path / "new", 2, 0, "tiny", 1, None, ["cloud_s1"]), "no task 'cloud_s1'; the tasks are cloud_s2, "),
     ]:
         with pytest.raises(InputError, match=message):
             write_miniature(*arguments)
@@ -262,17 +313,12 @@ def test_progress_counts_up_to_the_totals(earth):
     last = {what: (done, total) for what, done, total in steps}
     assert last == {
         "pretrain": (24, 24),
-        "eurosat_s2": (80, 80),
         "cloud_s3": (24, 24),
+        "eurosat_s2": (80, 80),
         "flood_s1": (24, 24),
         "aq_no2_s5p": (24, 24),
     }
-
-
-def test_preview_is_a_picture(earth):
-    path = preview(earth[0].folder)
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert path.stat().st_size > 200_000
+    assert earth[0].samples["eurosat_s2"] == {"train": 40, "val": 20, "test": 20}
 
 
 # ---------------------------------------------------------------- benchmark tasks

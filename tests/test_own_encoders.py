@@ -11,8 +11,9 @@ from bench_files import write_eurosat
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.models import create_encoder, create_model, raw_values
+from copernicus.platform.cell import encode_cell
 from copernicus.platform.experiment import ExperimentError, load_experiment
-from copernicus.platform.sweep import cells, encode_cell
+from copernicus.platform.sweep import cells
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 EXAMPLE, YAML = re.findall(r"```(?:python|yaml)\n(.*?)```", GUIDE.split("## Bringing your own encoder")[1], re.DOTALL)[

@@ -10,13 +10,16 @@ import torch
 from bench_encoders import BandMeans, GridEncoder
 from bench_files import write_cloud, write_flood, write_no2
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from copernicus.datasets import TASKS, InputError
+from copernicus.models.heads import LinearHead
 from copernicus.platform.features import SplitFeatures, TaskFeatures, encode_task
-from copernicus.platform.probe import ProbeSettings, evaluate, loss_and_count, run_probe
+from copernicus.platform.optimiser import SGD, one_cycle
+from copernicus.platform.probe import ProbeSettings, run_probe
+from copernicus.platform.training import evaluate, loss_and_count, train
 
 EUROSAT = TASKS["eurosat_s2"]
 
@@ -80,31 +83,86 @@ def test_one_seed_one_result_and_the_global_random_state_stays():
     assert run_probe(features, EUROSAT, settings, seed=4).curves != first.curves
 
 
+class Asked:
+    """A split with the interface alone (no arrays to look at), which notes what it is asked for."""
+
+    def __init__(self, split: SplitFeatures) -> None:
+        self.split, self.ids, self.flips = split, split.ids, split.flips
+        self.drawn: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def load(self, index, flips, device="cpu"):
+        self.drawn.extend(zip(flips.tolist(), index.tolist(), strict=True))
+        return self.split.load(index, flips, device)
+
+
 def test_flips_are_drawn_for_each_sample_and_epoch():
-    class Counted(np.ndarray):
-        """Notes which flips of which samples are asked for."""
-
-        def __getitem__(self, key):
-            if isinstance(key, tuple) and isinstance(key[0], np.ndarray) and len(key[0]):
-                drawn.extend(zip(key[0].tolist(), key[1].tolist(), strict=True))
-            return np.asarray(super().__getitem__(key))
-
     features = pooled({"train": 64, "val": 3, "test": 3}, flips=4)
-    train = features.splits["train"]
-    drawn: list[tuple[int, int]] = []
-    watched = SplitFeatures((train.levels[0].view(Counted),), train.targets, train.ids)
-    watched_features = TaskFeatures("eurosat_s2", {**features.splits, "train": watched})
     orders = {}
     for batch_size in (16, 32):
-        drawn.clear()
-        run_probe(watched_features, EUROSAT, ProbeSettings(lr=0.1, epochs=20, batch_size=batch_size), seed=1)
-        epochs = [drawn[64 * e : 64 * (e + 1)] for e in range(20)]
+        asked = Asked(features.splits["train"])
+        splits = {**features.splits, "train": asked}
+        settings = ProbeSettings(lr=0.1, epochs=20, batch_size=batch_size)
+        head = LinearHead(20, 10, seed=1)
+        curves = train(head, asked, splits["val"], EUROSAT, settings, seed=1).curves
+        assert curves == run_probe(features, EUROSAT, settings, seed=1).curves  # gathered in one go: the same draws
+        epochs = [asked.drawn[64 * e : 64 * (e + 1)] for e in range(20)]
         assert all(sorted(n for _, n in epoch) == list(range(64)) for epoch in epochs)
         assert len({tuple(n for _, n in epoch) for epoch in epochs}) == 20  # a new order each time
-        share = np.bincount([flip for flip, _ in drawn], minlength=4) / len(drawn)
+        share = np.bincount([flip for flip, _ in asked.drawn], minlength=4) / len(asked.drawn)
         assert np.abs(share - 0.25).max() < 0.05
         orders[batch_size] = [{n: flip for flip, n in epoch} for epoch in epochs]
     assert orders[16] == orders[32]  # a draw depends on seed, epoch and sample, not on the batches
+
+
+def test_many_chunks_are_one(monkeypatch):
+    """What is gathered at once does not show in the result, nor does a batch larger than it."""
+    features = pooled({"train": 101, "val": 50, "test": 50}, flips=4)
+    settings = ProbeSettings(lr=0.1, epochs=3, batch_size=20)
+    whole = run_probe(features, EUROSAT, settings, seed=3)
+    for chunk in (7, 45):
+        monkeypatch.setattr("copernicus.platform.training.CHUNK", chunk)
+        assert run_probe(features, EUROSAT, settings, seed=3) == whole
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 0.0), (50, 0.1), (7, 0.4), (1, 0.0), (300, 1 / 3)])
+def test_the_schedule_is_torchs(steps, warmup):
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.7)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=0.7, total_steps=steps, pct_start=warmup, anneal_strategy="cos"
+    )
+    rates, momenta = one_cycle(0.7, steps, warmup)
+    for step in range(steps):
+        assert (rates[step], momenta[step]) == (optimiser.param_groups[0]["lr"], optimiser.param_groups[0]["momentum"])
+        optimiser.step()
+        if step + 1 < steps:
+            schedule.step()
+
+
+def test_the_optimiser_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(3, 4, generator=generator), torch.randn(4, generator=generator), torch.randn(2)]
+    ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    reference = torch.optim.SGD(theirs, lr=0.1, weight_decay=0.01, foreach=False)
+    mine = SGD(ours, lr=0.1, weight_decay=0.01)
+    for step in range(30):
+        for optimiser in (mine, reference):
+            optimiser.zero_grad()
+            optimiser.param_groups[0]["lr"] = 0.1 / (1 + step)
+            optimiser.param_groups[0]["momentum"] = 0.85 + step / 300
+        for a, b in zip(ours[:2], theirs[:2], strict=True):  # the third never gets a gradient
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        if step == 15:  # a resumed optimiser goes on alike
+            state = mine.state_dict()
+            mine = SGD(ours, lr=0.1, weight_decay=0.01)
+            mine.load_state_dict(state)
+            mine.param_groups[0].update({k: reference.param_groups[0][k] for k in ("lr", "momentum")})
+        mine.step()
+        reference.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_the_schedule_is_one_cycle_without_warmup():
@@ -128,7 +186,9 @@ def bench(tmp_path_factory) -> Path:
 def test_segmentation_learns_and_ignores(bench, tmp_path):
     task = TASKS["cloud_s3"]
     features = encode_task(BandMeans(), task, bench, tmp_path, image_size=48)
-    result = run_probe(features, task, ProbeSettings.for_task(task, lr=1e-2, epochs=15, batch_size=4), seed=0)
+    result = run_probe(
+        features, task, ProbeSettings.for_task(task, head="light", lr=1e-2, epochs=15, batch_size=4), seed=0
+    )
     assert result.test["miou"] > 90
     assert result.samples["test"] == 5
 
@@ -136,7 +196,9 @@ def test_segmentation_learns_and_ignores(bench, tmp_path):
 def test_change_detection_learns(bench, tmp_path):
     task = TASKS["flood_s1"]
     features = encode_task(BandMeans(), task, bench, tmp_path, image_size=64)
-    result = run_probe(features, task, ProbeSettings.for_task(task, lr=1e-2, epochs=15, batch_size=4), seed=0)
+    result = run_probe(
+        features, task, ProbeSettings.for_task(task, head="light", lr=1e-2, epochs=15, batch_size=4), seed=0
+    )
     assert result.test["miou"] > 85
 
 
@@ -148,7 +210,9 @@ def test_regression_is_scored_in_the_targets_units(bench, tmp_path):
             return [1e5 * level for level in super().encode_dense(x_BCHW, sensor, metadata, normalize)]
 
     features = encode_task(Brighter(), task, bench, tmp_path)
-    result = run_probe(features, task, ProbeSettings.for_task(task, lr=1e-2, epochs=15, batch_size=8), seed=0)
+    result = run_probe(
+        features, task, ProbeSettings.for_task(task, head="light", lr=1e-2, epochs=15, batch_size=8), seed=0
+    )
     target = features.splits["test"].targets * 3.9948 + 5.3167  # 5 + 1e5 x column, 6 to 14
     spread = float(np.nanstd(target))
     assert 1.5 < spread < 4
@@ -252,7 +316,45 @@ def test_every_epoch_is_reported_and_may_end_the_trial():
 
     with pytest.raises(StopIteration):
         run_probe(features, EUROSAT, ProbeSettings(lr=0.1, epochs=9), seed=0, report=report)
-    assert seen == [(e, ["lr", "train_loss", "val_loss", "val_oa", "val_oa_batchmean"]) for e in (1, 2, 3)]
+    assert seen == [
+        (e, ["best_val_oa", "lr", "train_loss", "val_loss", "val_oa", "val_oa_batchmean"]) for e in (1, 2, 3)
+    ]
+
+
+def test_each_epoch_tells_the_best_so_far(bench, tmp_path):
+    curves = run_probe(
+        pooled({"train": 60, "val": 200, "test": 10}, spread=8),
+        EUROSAT,
+        ProbeSettings(lr=300.0, epochs=12, batch_size=20),
+        seed=0,
+    ).curves
+    assert [row["best_val_oa"] for row in curves] == [max(r["val_oa"] for r in curves[: e + 1]) for e in range(12)]
+    assert any(row["val_oa"] < row["best_val_oa"] for row in curves)
+    task = TASKS["aq_no2_s5p"]
+    features = encode_task(BandMeans(), task, bench, tmp_path)
+    settings = ProbeSettings.for_task(task, head="light", lr=3e-2, epochs=6, batch_size=8)
+    curves = run_probe(features, task, settings, seed=0, test=False).curves
+    assert [row["best_val_rmse"] for row in curves] == [min(r["val_rmse"] for r in curves[: e + 1]) for e in range(6)]
+
+
+def test_what_pictures_need(bench, tmp_path):
+    features = pooled({"train": 300, "val": 60, "test": 70})
+    result = run_probe(features, EUROSAT, ProbeSettings(lr=0.1, epochs=5), seed=0, examples=70)
+    target = features.splits["test"].targets
+    assert np.array_equal(result.examples.target, target)
+    assert result.examples.ids == features.splits["test"].ids
+    assert np.array_equal(result.confusion, confusion_matrix(target, result.examples.predicted, labels=range(10)))
+    assert 100 * np.trace(result.confusion) / 70 == pytest.approx(result.test["oa"])
+    assert result.test["f1_macro"] == pytest.approx(100 * f1_score(target, result.examples.predicted, average="macro"))
+    task = TASKS["aq_no2_s5p"]
+    features = encode_task(BandMeans(), task, bench, tmp_path)
+    settings = ProbeSettings.for_task(task, head="light", lr=1e-2, epochs=2, batch_size=8)
+    result = run_probe(features, task, settings, seed=0, examples=13)
+    assert result.confusion is None
+    known = features.splits["test"].targets * task.target_std + task.target_mean
+    np.testing.assert_allclose(result.examples.target, known, rtol=1e-6)
+    rmse = np.sqrt(np.nanmean((result.examples.predicted - known) ** 2))
+    assert result.test["rmse"] == pytest.approx(rmse, rel=1e-5)
 
 
 def test_divergence_is_told():
@@ -278,8 +380,10 @@ def test_settings():
         {"batch_size": 1},
         {"batch_size": 2.5},
         {"weight_decay": -1},
+        {"channels": 1},
+        {"head": "heavy"},
     ):
-        with pytest.raises(InputError, match=f"probe: {next(iter(wrong))}"):
+        with pytest.raises(InputError, match=f"probe: (no )?{next(iter(wrong))}"):
             ProbeSettings(**{"lr": 0.1, **wrong})
 
 
@@ -287,5 +391,7 @@ def test_stand_in_is_learnable_end_to_end(bench, tmp_path):
     """A random convolution tells bright cloud from dark ground: reader, flips, features and head fit together."""
     task = TASKS["cloud_s3"]
     features = encode_task(GridEncoder(21, dim=16), task, bench, tmp_path, image_size=48)
-    result = run_probe(features, task, ProbeSettings.for_task(task, lr=1e-2, epochs=10, batch_size=4), seed=0)
+    result = run_probe(
+        features, task, ProbeSettings.for_task(task, head="light", lr=1e-2, epochs=10, batch_size=4), seed=0
+    )
     assert result.test["miou"] > 85

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from boards import plan_cells
 from matplotlib.image import imsave
 
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import InputError
-from copernicus.platform.leaderboard import Leaderboard, Score, plan_cells
+from copernicus.platform.leaderboard import Leaderboard, Score
 from copernicus.platform.report import page
 from copernicus.platform.report_svg import ticks
 

@@ -1,14 +1,21 @@
 """What is recorded in MLflow, read back with MLflow's own client from a store of its own."""
 
+import logging
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import requests
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.protos.databricks_pb2 import ErrorCode
+from tracking_server import LossyWay, TrackingServer
 
 from copernicus.datasets.sensors import InputError
-from copernicus.platform.tracking import Tracker, mask
+from copernicus.platform.tracking import Tracker, mask, may_pass
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +190,80 @@ def test_a_deleted_experiment_is_not_written_to(tracker, client):
     client.delete_experiment(Tracker(tracker.uri, "old").experiment_id)
     with pytest.raises(InputError, match=r"tracking\.experiment: 'old' was deleted"):
         Tracker(tracker.uri, "old")
+
+
+def answered(status: int) -> requests.HTTPError:
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError("no", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (MlflowException("API request to http://a failed with exception: connection refused"), True),
+        (MlflowException("database is locked", ErrorCode.Value("TEMPORARILY_UNAVAILABLE")), True),
+        (RestException({"error_code": "REQUEST_LIMIT_EXCEEDED", "message": "slowly"}), True),
+        (RestException({"error_code": "INTERNAL_ERROR", "message": "oh"}), True),
+        (requests.ConnectionError("reset"), True),
+        (requests.ReadTimeout("20 s"), True),
+        (answered(502), True),
+        (answered(413), False),
+        (RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}), False),
+        (RestException({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no"}), False),
+        (RestException({"error_code": "PERMISSION_DENIED", "message": "no"}), False),
+        (MlflowException("run is deleted", ErrorCode.Value("INVALID_STATE")), False),
+        (ValueError("ours"), False),
+    ],
+)
+def test_what_may_pass_is_tried_again_and_a_refusal_is_not(error, passes):
+    assert may_pass(error) == passes
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[TrackingServer]:
+    with TrackingServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+def test_a_long_run_waits_out_an_outage(server, tmp_path, caplog):
+    (tmp_path / "picture.png").write_bytes(b"pixels")
+    with LossyWay(server.port) as way:
+        tracker = Tracker(way.uri, "long")
+        run = tracker.start("long", {"kind": "pretrain"})
+        way.close()
+
+        def back() -> None:
+            way.open = True
+
+        threading.Timer(1.5, back).start()
+        run.metric_rows([(1, {"train/loss": 0.5})])  # while nothing answers
+        way.lose = "runs/log-batch"
+        run.metric_rows([(2, {"train/loss": 0.25})])
+        way.lose = "runs/log-batch"
+        run.parameters({"pretrain.epochs": 5})
+        way.lose = "runs/create"
+        child = tracker.start("child", {"kind": "sweep"}, run)
+        way.lose = "mlflow-artifacts"
+        run.artifact(tmp_path / "picture.png", "pictures")
+        run.end()
+        assert way.lost == 4
+    client = MlflowClient(server.uri)
+    assert [(m.step, m.value) for m in client.get_metric_history(run.id, "train/loss")] == [(1, 0.5), (2, 0.25)]
+    assert {r.info.run_id for r in client.search_runs([tracker.experiment_id])} == {run.id, child.id}
+    assert client.get_run(run.id).data.params == {"pretrain.epochs": "5"}
+    assert [a.path for a in client.list_artifacts(run.id, "pictures")] == ["pictures/picture.png"]
+    said = [r for r in caplog.records if r.name == "copernicus.tracking"]
+    assert [r.levelno for r in said] == [logging.WARNING], "one outage, one line"
+
+
+def test_patience_ends_and_what_happened_inside_is_what_is_raised(server, caplog):
+    with LossyWay(server.port) as way:
+        tracker = Tracker(way.uri, "impatient", patience=0.5)
+        run, other = tracker.start("a", {}), tracker.start("b", {})
+        way.close()
+        with pytest.raises(MlflowException, match="failed with exception"):
+            run.metrics({"loss": 1.0})
+        with pytest.raises(RuntimeError, match="no such luck"), other.ending():
+            raise RuntimeError("no such luck")
+    assert f"{other.id} could not be marked FAILED" in caplog.text

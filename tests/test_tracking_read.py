@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from boards import plan_cells
 from click.testing import Result
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -15,7 +16,7 @@ from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import InputError
 from copernicus.platform import tracking_read
 from copernicus.platform.cli import app
-from copernicus.platform.leaderboard import Leaderboard, Score, plan_cells
+from copernicus.platform.leaderboard import Leaderboard, Score
 from copernicus.platform.tracking_read import failures_tag, read_mlflow
 
 TASK_NAMES, ENCODERS, SEEDS = ("eurosat_s2", "aq_no2_s5p"), ("pretrained", 'it\'s "random"'), (1, 2, 3)

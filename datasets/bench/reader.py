@@ -1,69 +1,51 @@
-"""Reading a task's samples from the published files.
+"""A task's samples as they are fed to a model: read from the published files, normalised, resized, described.
 
-Shapes: C channels (of all dates, in order of time), H W pixels fed to the model, h w pixels stored, M metadata fields.
+Shapes: C channels (of all dates, in order of time), T dates of a series, H W pixels fed to the model, h w pixels stored,
+K classes, M metadata fields.
 """
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 import torch
-import torch.nn.functional as F
-from rasterio.crs import CRS
-from rasterio.errors import RasterioError
-from rasterio.warp import transform as transform_coordinates
 
-from copernicus.datasets.bench.task import PRESETS, Entry, Preset, Task
+from copernicus.datasets.bench.geotiffs import GeoTiffSamples, Stored
+from copernicus.datasets.bench.raster import NOWHERE, Raster
+from copernicus.datasets.bench.resize import (
+    published_bilinear,
+    published_cubic,
+    published_mask,
+    published_nearest,
+    resize_image,
+    resize_label,
+)
+from copernicus.datasets.bench.tables import TableSamples
+from copernicus.datasets.bench.task import PRESETS, Preset, Task
 from copernicus.datasets.sensors import InputError, Sensor
 
-# Each sample is a few small files: without this GDAL lists the folder of each one it opens.
-GDAL_OPTIONS = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
 UNKNOWN_TARGET = 1e10  # larger magnitudes stand for a missing value in regression targets
-WGS84 = CRS.from_epsg(4326)
-EPOCH = datetime.date(1970, 1, 1)
-
-
-@dataclass(frozen=True)
-class Raster:
-    """One or more GeoTIFFs of the same extent."""
-
-    values_Chw: np.ndarray
-    descriptions: tuple[str | None, ...]
-    centre: tuple[float, float]  # lon, lat in degrees; NaN: no georeference
-    pixel_centre: tuple[float, float]  # of pixel (h // 2, w // 2), likewise
-
-
-@dataclass(frozen=True)
-class Record:
-    """One sample and its files."""
-
-    entry: Entry
-    images: tuple[tuple[Path, ...], ...]
-    label: Path | None
+PUBLISHED_LABELS = {"mask": published_mask, "nearest": published_nearest}
 
 
 class TaskDataset(Sequence):
     """The samples of one split; ``dataset[i]`` is a dictionary of
 
-    - ``image``: float32 tensor (C, H, W), scaled, normalised and resized: what the model is fed;
-    - ``target``: int64 scalar (classification), int64 (H, W) of class ids (segmentation, change detection), or float32
-      (H, W) normalised by the task's ``target_mean`` and ``target_std``, NaN where unknown (regression);
+    - ``image``: float32 tensor (C, H, W), scaled, normalised and resized: what the model is fed; (T, C, H, W) for a
+      series, T as many dates as the sample has;
+    - ``target``: int64 scalar (classification), int64 (K,) of 0 and 1 (multilabel), int64 (H, W) of class ids
+      (segmentation, change detection), or float32 (H, W) normalised by the task's ``target_mean`` and ``target_std``,
+      NaN where unknown (regression);
     - ``metadata``: float32 (4,): lon, lat, days since 1970-01-01, token area in km^2, NaN where unknown; (2, 4) for
-      change detection, a row for each date;
+      change detection and (T, 4) for a series, a row for each date;
     - ``id``: the sample's name.
 
-    Reading raises InputError for a file that cannot be read, has another number of bands or an unknown label code.
+    Reading raises InputError for a file that cannot be read, has another number of bands, a label that does not fit the
+    image, or an unknown label code.
     """
 
     def __init__(
@@ -82,211 +64,145 @@ class TaskDataset(Sequence):
         self.task, self.split, self.preset, self.size = task, split, preset, size
         self.root = task.find_root(folder, split)
         self.split_path = self.root / task.split_file.format(split)
-        self._records = _find_files(task, self.root, self.split_path)
+        samples = GeoTiffSamples if task.listing else TableSamples
+        self._samples: GeoTiffSamples | TableSamples = samples(task, self.root, split)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._samples.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
-        record = self._records[index]
-        images, metadata = [], []
-        with rasterio.Env(**GDAL_OPTIONS):
-            for paths, sensor in zip(record.images, self.task.sensors(self.preset), strict=True):
-                raster = read_raster(paths)
-                images.append(self._image(raster, sensor, paths))
-                metadata.append(self._metadata(raster, paths[0]))
-            target = self._target(record)
+        name = self._samples.ids[index]
+        stored = self.stored(index)
+        sensors = self.task.sensors(self.preset)
+        if self.task.series:
+            sensors *= len(stored.dates)
+        image = self._image if self.preset == "default" else self._published_image
+        images = [
+            image(self._ordered(raster, sensor, path), sensor)
+            for raster, sensor, path in zip(stored.dates, sensors, stored.names, strict=True)
+        ]
+        target = self._target(stored) if self.preset == "default" else self._published_target(stored)
+        metadata = torch.tensor(self._metadata(stored.dates), dtype=torch.float32)
         return {
-            "image": torch.cat(images),
+            "image": torch.stack(images) if self.task.series else torch.cat(images),
             "target": target,
-            "metadata": torch.tensor(metadata if len(metadata) > 1 else metadata[0], dtype=torch.float32),
-            "id": record.entry.id,
+            "metadata": metadata if self.task.series or len(metadata) > 1 else metadata[0],
+            "id": name,
         }
+
+    def stored(self, index: int) -> Stored:
+        """A sample as its files have it, before anything is made of it."""
+        return self._samples.read(index)
 
     @property
     def ids(self) -> list[str]:
-        return [record.entry.id for record in self._records]
+        return self._samples.ids
 
     def fingerprint(self) -> str:
         """A digest of the names, sizes and times of all files: it changes when the data does."""
         digest = hashlib.sha256()
-        for path in [self.split_path, *(path for record in self._records for path in _files(record))]:
+        for path in self._samples.files():
             status = path.stat()
             digest.update(f"{path.relative_to(self.root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    def _image(self, raster: Raster, sensor: Sensor, paths: tuple[Path, ...]) -> torch.Tensor:
-        x_Chw = torch.from_numpy(raster.values_Chw[self._band_order(raster, sensor, paths)])
-        if self.task.clamp is not None:
-            x_Chw = x_Chw.clamp(*self.task.clamp)
-        if self.task.fill is not None:
-            x_Chw = torch.nan_to_num(x_Chw, self.task.fill)
-        return resize_image(sensor.normalize(x_Chw), self.size, self.task.resize, self.preset)
-
-    def _band_order(self, raster: Raster, sensor: Sensor, paths: tuple[Path, ...]) -> list[int]:
-        names = raster.descriptions
-        if not set(sensor.bands) <= set(names):  # the files do not name their bands: their published order
-            names = self.task.file_bands or sensor.bands
+    def _ordered(self, raster: Raster, sensor: Sensor, path: str) -> np.ndarray:
+        """The bands in the sensor's order, as float32, missing values filled."""
+        names: tuple[str | None, ...] = raster.descriptions
+        if self.preset == "published" or not set(sensor.bands) <= set(names):
+            names = self.task.file_bands or sensor.bands  # the files do not name their bands: their published order
             if len(names) != len(raster.values_Chw):
                 raise InputError(
-                    f"{self.task.name}: {', '.join(map(str, paths))}: {len(raster.values_Chw)} bands, "
-                    f"expected {len(names)} ({', '.join(names)})"
+                    f"{self.task.name}: {path}: {len(raster.values_Chw)} bands, expected {len(names)} "
+                    f"({', '.join(map(str, names))})"
                 )
-        return [names.index(band) for band in sensor.bands]
+        x_Chw = raster.values_Chw[[names.index(band) for band in sensor.bands]].astype(np.float32)
+        if self.task.clamp is not None:
+            x_Chw = x_Chw.clip(*self.task.clamp)
+        if self.task.fill is not None:
+            x_Chw[np.isnan(x_Chw)] = self.task.fill
+        return x_Chw
 
-    def _metadata(self, raster: Raster, path: Path) -> list[float]:
-        published = self.preset == "published"
-        lon, lat = raster.pixel_centre if published else raster.centre
-        _, height, width = raster.values_Chw.shape
-        shrink = 1.0 if published else height * width / self.size**2
-        days = find_date(path, self.task.date_regex) if self.task.date_regex else float("nan")
-        return [lon, lat, days, self.task.sensor.token_area_km2 * shrink]
+    def _image(self, x_Chw: np.ndarray, sensor: Sensor) -> torch.Tensor:
+        mode = self.task.published_resize
+        return resize_image(sensor.normalize(torch.from_numpy(x_Chw)), self.size, mode)
 
-    def _target(self, record: Record) -> torch.Tensor:
-        task = self.task
-        if record.label is None:
-            return torch.tensor(task.classes.index(record.entry.label))
-        raster = read_raster((record.label,))
-        if len(raster.values_Chw) != 1:
-            raise InputError(f"{task.name}: {record.label}: {len(raster.values_Chw)} bands, a label has 1")
-        label_HW = resize_label(raster.values_Chw[0], self.size, self.preset)
-        if task.kind == "regression":
-            target_HW = np.where(np.abs(label_HW) <= UNKNOWN_TARGET, label_HW, np.nan)
-            return torch.from_numpy(((target_HW - task.target_mean) / task.target_std).astype(np.float32))
-        assert task.label_codes is not None, task.name
+    def _published_image(self, x_Chw: np.ndarray, sensor: Sensor) -> torch.Tensor:
+        scale, mean, std = (
+            np.array(values, np.float32)[:, None, None] for values in (sensor.scale, sensor.mean, sensor.std)
+        )
+        if self.task.published_resize == "bicubic":
+            return torch.from_numpy((published_cubic(x_Chw * scale, self.size) - mean) / std)
+        return published_bilinear(torch.from_numpy((x_Chw * scale - mean) / std), self.size)
+
+    def _metadata(self, dates: Sequence[Raster]) -> list[list[float]]:
+        task, published = self.task, self.preset == "published"
+        rows = []
+        for raster in dates:
+            # The published code takes the place of a change from its last image alone.
+            placed = dates[-1] if published and not task.series else raster
+            lon, lat = placed.pixel_centre if published else placed.centre
+            if not task.georeferenced:
+                lon, lat = NOWHERE
+            _, height, width = raster.values_Chw.shape
+            area = task.sensor.token_area_km2 * height * width / self.size**2
+            if published:
+                area = task.published_area_km2 or task.sensor.token_area_km2
+            rows.append([lon, lat, raster.days, area])
+        return rows
+
+    def _target(self, stored: Stored) -> torch.Tensor:
+        if isinstance(stored.target, tuple):
+            if self.task.kind == "classification" and sum(stored.target) != 1:
+                raise InputError(f"{self.task.name}: {stored.target_name}: the label names no single class")
+            return self._labels(stored.target)
+        label_HW = resize_label(self._checked(stored), self.size)
+        if self.task.kind == "regression":
+            return self._normalised(_known(label_HW))
+        return self._ids(label_HW, self.task.label_codes, stored)
+
+    def _published_target(self, stored: Stored) -> torch.Tensor:
+        if isinstance(stored.target, tuple):
+            return self._labels(stored.target)
+        label_hw = self._checked(stored)
+        if self.task.published_label == "bicubic":  # unknown values are not looked for, and spread
+            return self._normalised(published_cubic(label_hw[None], self.size)[0])
+        label_HW = PUBLISHED_LABELS[self.task.published_label](label_hw, self.size)
+        if self.task.kind == "regression":
+            return self._normalised(_known(label_HW))
+        return self._ids(label_HW, self.task.published_codes or self.task.label_codes, stored)
+
+    def _labels(self, labels: tuple[int, ...]) -> torch.Tensor:
+        return torch.tensor(labels if self.task.kind == "multilabel" else int(np.argmax(labels)))
+
+    def _checked(self, stored: Stored) -> np.ndarray:
+        """The label map; InputError where it does not fit the image."""
+        label_hw, task = np.asarray(stored.target), self.task
+        for raster, name in zip(stored.dates, stored.names, strict=True):
+            image = raster.values_Chw.shape[1:]
+            ratio = [label / pixels for label, pixels in zip(label_hw.shape, image, strict=True)]
+            # Grids of two sources that cover the same extent have sides that are in proportion but for a pixel or two.
+            if label_hw.shape != image if task.same_grid else not 0.9 < ratio[0] / ratio[1] < 1.1:
+                raise InputError(
+                    f"{task.name}: {stored.target_name}: {label_hw.shape[0]} x {label_hw.shape[1]} pixels do not fit "
+                    f"the {image[0]} x {image[1]} of {name}"
+                )
+        return label_hw
+
+    def _normalised(self, target_HW: np.ndarray) -> torch.Tensor:
+        mean, std = np.float32(self.task.target_mean), np.float32(self.task.target_std)
+        return torch.from_numpy((target_HW.astype(np.float32) - mean) / std)
+
+    def _ids(self, label_HW: np.ndarray, ids_of: Any, stored: Stored) -> torch.Tensor:
         codes, inverse = np.unique(label_HW, return_inverse=True)
-        unknown = [float(code) for code in codes if code not in task.label_codes]
+        unknown = [float(code) for code in codes if code not in ids_of]
         if unknown:
             raise InputError(
-                f"{task.name}: {record.label}: unknown label codes {unknown}; expected {sorted(task.label_codes)}"
+                f"{self.task.name}: {stored.target_name}: unknown label codes {unknown}; expected {sorted(ids_of)}"
             )
-        ids = np.array([task.label_codes[int(code)] for code in codes], np.int64)
+        ids = np.array([ids_of[int(code)] for code in codes], np.int64)
         return torch.from_numpy(ids[inverse].reshape(label_HW.shape))
 
 
-def read_raster(paths: Sequence[Path]) -> Raster:
-    """The bands of GeoTIFFs of the same extent, one after the other, as float32, with the location of the first.
-
-    Raises:
-        InputError: a file cannot be read, or the files differ in size; named.
-    """
-    values, descriptions = [], []
-    centre = pixel_centre = (float("nan"), float("nan"))
-    for path in paths:
-        try:
-            with rasterio.open(path) as source:
-                values.append(source.read().astype(np.float32))
-                descriptions.extend(source.descriptions)
-                if path == paths[0]:
-                    centre = _location(source, source.width / 2, source.height / 2)
-                    pixel_centre = _location(source, source.width // 2 + 0.5, source.height // 2 + 0.5)
-        except RasterioError as error:
-            raise InputError(f"{path}: cannot be read as GeoTIFF ({error})") from error
-        if values[-1].shape[1:] != values[0].shape[1:]:
-            raise InputError(f"{path}: {values[-1].shape[1:]} pixels, but {paths[0]} has {values[0].shape[1:]}")
-    return Raster(np.concatenate(values), tuple(descriptions), centre, pixel_centre)
-
-
-def _location(source: rasterio.DatasetReader, column: float, row: float) -> tuple[float, float]:
-    """Longitude and latitude of a point given in pixels from the upper left corner; NaN without a georeference."""
-    if source.crs is None or source.transform.is_identity:
-        return float("nan"), float("nan")
-    a = source.transform
-    x, y = a.a * column + a.b * row + a.c, a.d * column + a.e * row + a.f
-    if source.crs == WGS84:
-        return x, y
-    lon, lat = transform_coordinates(source.crs, WGS84, [x], [y])
-    return lon[0], lat[0]
-
-
-def find_date(path: Path, pattern: str) -> float:
-    """Days since 1970-01-01 from a file name; NaN where the pattern does not occur.
-
-    Raises:
-        InputError: the pattern occurs, with something that is no date.
-    """
-    match = re.search(pattern, path.name)
-    if match is None:
-        return float("nan")
-    text = next(value for value in match.groupdict().values() if value).replace("-", "")
-    try:
-        day = datetime.date(int(text[:4]), int(text[4:6]), int(text[6:8]))
-    except ValueError as error:
-        raise InputError(f"{path}: {text!r} in the name is no date ({error})") from error
-    return float((day - EPOCH).days)
-
-
-def resize_image(x_Chw: torch.Tensor, size: int, mode: str, preset: Preset) -> torch.Tensor:
-    """(C, h, w) -> (C, size, size); see the table in ``tasks.py`` for what the presets do."""
-    if x_Chw.shape[-2:] == (size, size):
-        return x_Chw
-    if preset == "default":
-        options: dict[str, Any] = {"antialias": True, "align_corners": False}
-    else:
-        options = {"align_corners": mode == "bilinear"}
-    return F.interpolate(x_Chw[None], size=(size, size), mode=mode, **options)[0]
-
-
-def resize_label(label_hw: np.ndarray, size: int, preset: Preset) -> np.ndarray:
-    """(h, w) -> (size, size) nearest to a pixel's centre (default) or upper left corner (published)."""
-    offset = 0.5 if preset == "default" else 0.0
-    rows, columns = (
-        np.minimum(((np.arange(size) + offset) * stored / size).astype(int), stored - 1) for stored in label_hw.shape
-    )
-    return label_hw[rows[:, None], columns[None, :]]
-
-
-def _find_files(task: Task, root: Path, split_path: Path) -> list[Record]:
-    """The split's samples with all their files, each checked to exist."""
-    try:
-        entries = task.listing(split_path.read_text())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{task.name}: {split_path} is not as expected ({error!r})") from error
-    if not entries:
-        raise InputError(f"{task.name}: {split_path} lists no samples")
-    unknown = sorted({entry.label for entry in entries if entry.label} - set(task.classes))
-    if unknown:
-        raise InputError(
-            f"{task.name}: {split_path} names unknown classes {unknown}; expected {', '.join(task.classes)}"
-        )
-
-    names_in = lru_cache(maxsize=1024)(_names_in)
-    missing: list[str] = []
-
-    def find(template: str, entry: Entry) -> Path:
-        path = root / template.format_map(entry.fields)
-        matches = [name for name in names_in(path.parent) if fnmatch(name, path.name)] if "*" in path.name else None
-        if matches is None:
-            if path.name not in names_in(path.parent):
-                missing.append(f"{path} is missing")
-            return path
-        if len(matches) != 1:
-            missing.append(f"{path} matches {len(matches)} files, expected 1")
-            return path
-        return path.with_name(matches[0])
-
-    records = [
-        Record(
-            entry,
-            tuple(tuple(find(template, entry) for template in date) for date in task.images),
-            find(task.label_file, entry) if task.label_file else None,
-        )
-        for entry in entries
-    ]
-    if missing:
-        raise InputError(
-            f"{task.name}: {missing[0]}{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}, listed in "
-            f"{split_path.name}; expected {task.layout()}"
-        )
-    return records
-
-
-def _names_in(folder: Path) -> frozenset[str]:
-    try:
-        return frozenset(os.listdir(folder))
-    except OSError:  # no such folder: what is looked for in it is reported as missing
-        return frozenset()
-
-
-def _files(record: Record) -> list[Path]:
-    return [path for date in record.images for path in date] + ([record.label] if record.label else [])
+def _known(target_HW: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(target_HW) <= UNKNOWN_TARGET, target_HW, np.nan)

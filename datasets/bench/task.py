@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from copernicus.datasets.bench.splits import Entry
 from copernicus.datasets.sensors import InputError, Sensor
 
 if TYPE_CHECKING:
@@ -17,41 +17,12 @@ Kind = Literal["classification", "multilabel", "segmentation", "changedetection"
 Preset = Literal["default", "published"]
 PRESETS: tuple[Preset, ...] = ("default", "published")
 DENSE_KINDS = ("segmentation", "changedetection", "regression")
+SENSOR_GROUPS = ("s1", "s2", "s3", "s5p")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One sample as its split file lists it."""
-
-    id: str
-    fields: Mapping[str, str]  # what the task's path templates ask for
-    label: str = ""  # class name, where the split file tells it
-
-
-def list_lines(text: str) -> list[Entry]:
-    """A split file with one sample name a line, used in the paths as ``{name}``."""
-    names = [line.strip() for line in text.splitlines()]
-    return [Entry(name, {"name": name}) for name in names if name]
-
-
-def list_class_files(text: str) -> list[Entry]:
-    """A split file with one ``Class_number.jpg`` a line, used as ``{class_name}`` and ``{stem}``."""
-    entries = []
-    for line in filter(None, (line.strip() for line in text.splitlines())):
-        stem = line.removesuffix(".jpg").removesuffix(".tif")
-        class_name = stem.split("_")[0]
-        entries.append(Entry(stem, {"class_name": class_name, "stem": stem}, label=class_name))
-    return entries
-
-
-def list_grid_dict(text: str) -> list[Entry]:
-    """A JSON dictionary id -> {"path": folder, ...}, in the file's order, used as ``{path}``."""
-    return [Entry(key, {"path": str(value["path"]).strip("/")}) for key, value in json.loads(text).items()]
-
-
-@dataclass(frozen=True)
-class ProbeDefaults:
-    """The benchmark's own settings for a probe on a frozen encoder."""
+class TrainingDefaults:
+    """The benchmark's own settings for training a head on a frozen encoder, or a network from scratch."""
 
     lr: float
     batch_size: int
@@ -63,7 +34,8 @@ class ProbeDefaults:
 class Task:
     """One benchmark task: what it asks, how it lies on disk, how it is fed to a model, what has been published.
 
-    Path templates are relative to the task's root and filled from an ``Entry``'s fields; a ``*`` must match one file.
+    Path templates are relative to the task's root and filled from an ``Entry``'s fields; a ``*`` must match one file,
+    in a series one or more.
     """
 
     name: str
@@ -76,21 +48,31 @@ class Task:
     input_size: int  # pixels a side, as fed to the model
     directory: str
     split_file: str  # "{}" stands for the split
-    listing: Callable[[str], list[Entry]]
     images: tuple[tuple[str, ...], ...]  # for each date (or the only one) the files whose bands make the image
     metric: Literal["OA", "mAP", "mIoU", "RMSE"]
-    probe: ProbeDefaults
+    probe: TrainingDefaults
+    supervised: TrainingDefaults
     published: Mapping[str, tuple[float, float] | None] = field(hash=False)  # encoder -> mean, deviation of the metric
+    listing: Callable[[str], list[Entry]] | None = None  # of the split file; None: a table of HDF5, each row a sample
+    static_file: str = ""  # a second list, which names the image of each place
+    modes: tuple[str, ...] = ()  # how its samples can be made up, the default first; the others are variants of it
+    series: bool = False  # a sample has all dates of its place, one image each
     file_bands: tuple[str, ...] = ()  # order of the bands in the files; empty: the sensor's
     published_sensors: tuple[Sensor, ...] = ()  # what the published code normalises each date by, where that differs
+    published_area_km2: float | None = None  # what the published code takes for a token's area, where that differs
     classes: tuple[str, ...] = ()
-    label_file: str = ""
+    label_file: str = ""  # of HDF5: the name of the array
     label_codes: Mapping[int, int] | None = field(default=None, hash=False)  # stored code -> class id or ignore_index
+    published_codes: Mapping[int, int] | None = field(default=None, hash=False)  # the published code's, if different
+    same_grid: bool = True  # the label has a pixel for each of the image; False: a grid of its own over the same extent
+    published_resize: Literal["bilinear", "bicubic"] = "bilinear"  # of images; bicubic: before normalisation
+    published_label: Literal["mask", "nearest", "bicubic"] = "mask"  # how labels are resized, see ``resize.py``
     ignore_index: int | None = None
     target_mean: float = 0.0
     target_std: float = 1.0
     date_regex: str = ""  # on the first file name of each date; a group "date" or "start"
-    resize: Literal["bilinear", "bicubic"] = "bilinear"
+    georeferenced: bool = True  # False: what the files say of the place means nothing
+    foreign: str = ""  # part of a name by which the samples of another task in the same layout are known
     clamp: tuple[float, float] | None = None  # of raw values
     fill: float | None = None  # raw value that stands for a missing one; None: the mean, after normalisation
     notes: str = ""
@@ -102,7 +84,7 @@ class Task:
 
     @property
     def dates(self) -> int:
-        """Images per sample: 1, or 2 (before, after) for change detection."""
+        """Images per sample: 1, or 2 (before, after) for change detection. A series has as many as it has."""
         return len(self.images)
 
     @property
@@ -119,6 +101,11 @@ class Task:
         """The metric's name in results: oa, map, miou (per cent) or rmse (the target's units)."""
         return self.metric.lower()
 
+    @property
+    def sensor_group(self) -> str:
+        """The satellite: s1, s2, s3 or s5p."""
+        return self.sensor.name.split("_")[0]
+
     def sensors(self, preset: Preset = "default") -> tuple[Sensor, ...]:
         """The sensor by whose statistics each date is normalised."""
         if preset == "published" and self.published_sensors:
@@ -127,8 +114,15 @@ class Task:
 
     def layout(self) -> str:
         """The expected files, for messages."""
-        files = [self.split_file.format("<split>"), *(name for date in self.images for name in date), self.label_file]
-        return ", ".join(f"{self.directory}/{name}" for name in files if name)
+        split_file = f"{self.directory}/{self.split_file.format('<split>')}"
+        if self.listing is None:
+            size, bands = self.stored_size, self.sensor.channels
+            return (
+                f"{split_file} with {self.images[0][0]} (N, {size}, {size}, {bands}) and {self.label_file} "
+                f"(N, {self.num_classes})"
+            )
+        others = [self.static_file.format("<split>"), *(name for date in self.images for name in date), self.label_file]
+        return ", ".join(dict.fromkeys([split_file, *(f"{self.directory}/{name}" for name in others if name)]))
 
     def find_root(self, folder: str | Path, split: str) -> Path:
         """The task's root: ``folder`` itself, or a folder named as published below it.

@@ -1,205 +1,131 @@
-"""The tasks of Copernicus-Bench, one spec each.
-
-Figures: Copernicus-FM (arXiv 2503.11849): Table 4 (results), the benchmark's public configurations (statistics, sizes,
-optimisation). Metrics OA, mAP and mIoU are per cent; RMSE is in the target's units.
+"""The 15 tasks of Copernicus-Bench (``specs.py``), the other modes of some, and how to choose among them.
 
 The two presets. ``published`` feeds a model exactly what the published evaluation does; ``default`` differs where that
-was a defect or an accident:
+was a defect or an accident. Sources are files of github.com/zhu-xlab/Copernicus-FM, Copernicus-Bench/src/datasets
+(``cobench_*_wrapper.py``) and configs/dataset:
 
-==================  ==============================================  ================================================
-                    published                                       default
-==================  ==============================================  ================================================
-resizing            bilinear, corners aligned, no antialiasing;     bilinear, pixel areas aligned, antialiased;
-                    labels: nearest, floor                          labels: nearest pixel centre
-location            centre of pixel (height // 2, width // 2)       centre of the image
-token area          (kernel x stored pixel)^2, as if the image      follows the resizing: a 64-pixel patch shown at
-                    had not been resized                            224 has tokens of (16 x 10 x 64 / 224 m)^2
-flood_s1            the post-event image is divided by its mean     both images by the same mean and deviation
-                    (the configured deviation repeats the mean)
-aq_no2_s5p          raw columns, mol m-2                            as the sensor's spec normalises (SENSORS)
-==================  ==============================================  ================================================
+=====================  =========================================  ==========================================  ==========
+                       published                                  default                                     source
+=====================  =========================================  ==========================================  ==========
+resizing of images     bilinear, corners aligned, not             bilinear, pixel areas aligned, antialiased  all others
+                       antialiased, after normalisation
+  lc100*, biomass,     OpenCV's cubic, not antialiased, before    bicubic, pixel areas aligned, antialiased   lc100*,
+  aq_*                 normalisation                                                                          biomass, aq
+resizing of labels     nearest to the upper left corner           nearest to the pixel's centre               all dense
+  biomass_s3           OpenCV's cubic, rounded to whole t/ha      nearest to the pixel's centre               biomass
+                       (labels are integers), may overshoot;
+                       a missing value spreads
+missing values         eurosat, bigearthnet, dfc2020, cloud_s2,   the mean                                    all
+                       lcz: NaN stays NaN; infinite everywhere
+location               centre of pixel (h // 2, w // 2)           centre of the image                         all
+  identity transform   pixel numbers as coordinates               unknown                                     all
+  flood_s1             that of the image after, for both dates    each image's own                            flood
+token area             (kernel x stored pixel)^2, as if the       follows the resizing: a 64-pixel patch      all
+                       image had not been resized                 shown at 224 has (16 x 10 x 64 / 224 m)^2
+  biomass_s3           (16 x 300 m)^2, though the kernel is 8     as above                                    biomass
+bands                  by position                                by name where the file names them           all
+flood_s1               the image after is divided by its mean     both by the same mean and deviation         flood yaml
+                       (the deviation configured repeats it)
+cloud_s3               stored code - 1 as 8 bits: 255 becomes     255 is ignored like 0                       clouds3
+                       254, which no head has
+lc100seg_s3            codes that are none become class 0,        255, the fill value, is ignored, other     lc100seg
+                       Unknown                                    codes are refused
+lcz_s2                 first of the largest of a label's row      a row that is not one-hot is refused        lczs12
+=====================  =========================================  ==========================================  ==========
 
-Both presets: class ids of EuroSAT are the alphabetical ranks of the names; Cloud-S3 stores 0 = invalid (ignored) and
-class + 1; the time of an air-quality image is the first day of its period; missing values become the mean (0 after
-normalisation), in flood_s1 the upper clamp.
+Both presets: class ids of EuroSAT are the alphabetical ranks of the ten names (the published code ranks the names that
+a split file lists: all ten in the published ones); the time of an air-quality image is the first day of its period;
+missing values are 0 in Sentinel-3 and -5P, in flood_s1 the upper clamp; dfc2020 has no place, whatever its files say. A
+series has its images in order of time, as many as there are: the published code fills up to four with the last one, in
+whatever order the folder lists them, and its transforms then stop with an error, so there are no published figures.
+
+``bigearthnet_s2`` trained from scratch is configured with a learning rate of 1 for 0.1 epochs: swapped; 0.1 and 50 here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from copernicus.datasets.bench.task import (
-    ProbeDefaults,
-    Task,
-    list_class_files,
-    list_grid_dict,
-    list_lines,
-)
-from copernicus.datasets.sensors import SENSORS, InputError
+from copernicus.datasets.bench.specs import ENCODERS, SPECS
+from copernicus.datasets.bench.task import SENSOR_GROUPS, Task
+from copernicus.datasets.sensors import InputError
 
-ENCODERS = (
-    "supervised_vit_s16",
-    "supervised_vit_b16",
-    "random_vit_b16",
-    "softcon_vit_b14",
-    "croma_vit_b8",
-    "dofa_vit_b16",
-    "copernicus_fm_vit_b16",
-)
-"""Columns of the published table."""
+LEVELS = ("L1", "L2", "L3")
 
-
-def _published(*results: tuple[float, float] | None) -> dict[str, tuple[float, float] | None]:
-    return dict(zip(ENCODERS, results, strict=True))
-
-
-S2 = dataclasses.replace(
-    SENSORS["s2_toa"],
-    mean=(1353.7, 1117.2, 1041.8, 946.5, 1199.1, 2003.0, 2374.0, 2301.2, 2599.7, 732.1, 12.1, 1820.6, 1118.2),
-    std=(897.3, 736.0, 684.8, 620.0, 791.9, 1341.3, 1595.4, 1545.5, 1750.1, 475.1, 98.3, 1216.5, 736.7),
-)
-"""Sentinel-2 with the benchmark's statistics."""
-
-S3 = dataclasses.replace(SENSORS["s3_olci"], wavelengths_nm=(*SENSORS["s3_olci"].wavelengths_nm[:-1], 1020.0))
-"""Sentinel-3 OLCI; the benchmark puts Oa21 at 1020 nm where pretraining has 1029."""
-
-S1_LINEAR = dataclasses.replace(
-    SENSORS["s1_grd"],
-    units="linear power",
-    mean=(0.0981, 0.0253),
-    std=(0.0430, 0.0174),
-    image_size=224,
-    stored_size=224,
-)
-"""Sentinel-1 backscatter as linear power, clamped to 0..0.15."""
-
-EUROSAT_CLASSES = (
-    "AnnualCrop",
-    "Forest",
-    "HerbaceousVegetation",
-    "Highway",
-    "Industrial",
-    "Pasture",
-    "PermanentCrop",
-    "Residential",
-    "River",
-    "SeaLake",
-)
-"""In the order of their ids."""
-
-_NO2 = SENSORS["s5p_no2"]
-
-_ALL = (
-    Task(
-        name="cloud_s3",
-        title="Cloud-S3",
-        level="L1",
-        kind="segmentation",
-        sensor=S3,
-        classes=("Clear", "Cloud-Ambiguous", "Cloud-Sure", "Cloud Shadow", "Snow/Ice"),
-        splits={"train": 1197, "val": 399, "test": 399},
-        stored_size=256,
-        input_size=224,
-        directory="cloud_s3",
-        split_file="{}.csv",
-        listing=list_lines,
-        images=(("s3_olci/{name}",),),
-        label_file="cloud_multi/{name}",
-        label_codes={0: 255, 1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 255: 255},
-        ignore_index=255,
-        date_regex=r"S3[AB]_OL_1_EFR____(?P<date>\d{8})",
-        metric="mIoU",
-        probe=ProbeDefaults(lr=1e-4, batch_size=16),
-        published=_published((61.7, 0.7), (63.0, 0.8), (60.9, 0.0), None, None, (58.2, 0.1), (62.0, 0.7)),
-        notes="Sources disagree on which of the stored codes 2 and 3 is the sure cloud; ids and metric stay the same.",
-    ),
-    Task(
-        name="eurosat_s2",
-        title="EuroSAT-S2",
-        level="L2",
-        kind="classification",
-        sensor=S2,
-        classes=EUROSAT_CLASSES,
-        splits={"train": 16200, "val": 5400, "test": 5400},
-        stored_size=64,
-        input_size=224,
-        directory="eurosat_s2",
-        split_file="eurosat-{}.txt",
-        listing=list_class_files,
-        images=(("all_imgs/{class_name}/{stem}.tif",),),
-        file_bands=("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A"),
-        metric="OA",
-        probe=ProbeDefaults(lr=0.1, batch_size=64),
-        published=_published((97.5, 0.0), (97.6, 0.1), (92.5, 0.1), (96.7, 0.0), (97.0, 0.1), (97.2, 0.1), (97.9, 0.1)),
-        notes="The split files name .jpg, the images are .tif with B8A last. The time is unknown.",
-    ),
-    Task(
-        name="flood_s1",
-        title="Flood-S1",
-        level="L3",
-        kind="changedetection",
-        sensor=S1_LINEAR,
-        published_sensors=(S1_LINEAR, dataclasses.replace(S1_LINEAR, std=S1_LINEAR.mean)),
-        classes=("No Water", "Permanent Waters", "Floods"),
-        splits={"train": 3000, "val": 1000, "test": 1000},
-        stored_size=224,
-        input_size=224,
-        directory="flood_s1",
-        split_file="grid_dict_{}.json",
-        listing=list_grid_dict,
-        images=(
-            ("data/{path}/SL1_IVV_*.tif", "data/{path}/SL1_IVH_*.tif"),
-            ("data/{path}/MS1_IVV_*.tif", "data/{path}/MS1_IVH_*.tif"),
-        ),
-        label_file="data/{path}/MK0_MLU_*.tif",
-        label_codes={0: 0, 1: 1, 2: 2, 3: 3},
-        ignore_index=3,
-        # The last field of the name: activations have numbers of three to seven digits.
-        date_regex=r"_(?P<date>\d{8})\.tif$",
-        clamp=(0.0, 0.15),
-        fill=0.15,
-        metric="mIoU",
-        probe=ProbeDefaults(lr=1e-3, batch_size=16),
-        published=_published((78.0, 0.1), (78.3, 0.3), (75.1, 0.1), (77.2, 0.1), (77.4, 0.1), (76.0, 0.1), (77.7, 0.0)),
-        notes="Of three dates two are used: SL1 before, MS1 after; the image is VV, VH of the one, then of the other; "
-        "features are subtracted, after - before. The mask of valid pixels (MK0_MNA) is not used.",
-    ),
-    Task(
-        name="aq_no2_s5p",
-        title="AQ-NO2-S5P",
-        level="L3",
-        kind="regression",
-        sensor=_NO2,
-        published_sensors=(dataclasses.replace(_NO2, mean=(0.0,), std=(1.0,), scale=(1.0,)),),
-        splits={"train": 1480, "val": 493, "test": 494},
-        stored_size=56,
-        input_size=56,
-        directory="airquality_s5p/no2",
-        split_file="{}.csv",
-        listing=list_lines,
-        images=(("s5p_annual/{name}/*.tif",),),
-        label_file="label_annual/{name}.tif",
-        target_mean=5.3167,
-        target_std=3.9948,
-        date_regex=r"(?P<start>\d{4}-\d{2}-\d{2})_\d{4}-\d{2}-\d{2}",
-        resize="bicubic",
-        metric="RMSE",
-        probe=ProbeDefaults(lr=1e-4, batch_size=16),
-        published=_published((3.4, 0.0), (3.4, 0.0), (3.4, 0.0), None, None, (3.3, 0.0), (2.8, 0.0)),
-        notes="Annual mode. Surface concentration, ug m-3; NaN and |x| > 1e10 are unknown and left out.",
-    ),
-)
-
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+TASKS: dict[str, Task] = {task.name: task for task in SPECS}
 """The benchmark's tasks by name."""
 
 
+def _variant(name: str, mode: str, **changes: object) -> Task:
+    """A task in another mode. The published figures are not of it."""
+    task = TASKS[name]
+    return dataclasses.replace(
+        task,
+        name=f"{name}-{mode}",
+        title=f"{task.title} ({mode})",
+        published=dict.fromkeys(ENCODERS),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+_VARIANTS = (
+    _variant(
+        "cloud_s3",
+        "binary",
+        classes=("Clear", "Cloud"),
+        label_file="cloud_binary/{name}.tif",
+        label_codes={0: 255, 1: 0, 2: 1, 255: 255},
+        published_codes={0: 255, 1: 0, 2: 1, 255: 254},
+        notes="",
+    ),
+    _variant("lc100cls_s3", "series", series=True, static_file="", images=(("s3_olci/{image}/*.tif",),)),
+    _variant("lc100seg_s3", "series", series=True, images=(("s3_olci/{pid}/*.tif",),)),
+    _variant("biomass_s3", "series", series=True, images=(("s3_olci/{pid}/*.tif",),)),
+    _variant("aq_no2_s5p", "seasonal", series=True, images=(("s5p_seasonal/{name}/*.tif",),)),
+    _variant("aq_o3_s5p", "seasonal", series=True, images=(("s5p_seasonal/{name}/*.tif",),)),
+)
+
+VARIANTS: dict[str, Task] = {task.name: task for task in _VARIANTS}
+"""Tasks in another mode than the published one, by ``<task>-<mode>``."""
+
+SELECTABLE = (*TASKS, "all", *LEVELS, *SENSOR_GROUPS, *VARIANTS)
+"""What ``select_tasks`` takes."""
+
+
 def get_task(name: str) -> Task:
-    """The task of that name.
+    """The task of that name: one of ``TASKS``, or ``<task>-<mode>``, one of ``VARIANTS``.
 
     Raises:
         InputError: no such task; the message lists the names.
     """
-    if name not in TASKS:
-        raise InputError(f"no task {name!r}; the tasks are {', '.join(TASKS)}")
-    return TASKS[name]
+    task = TASKS.get(name) or VARIANTS.get(name)
+    if task is None:
+        raise InputError(
+            f"no task {name!r}; the tasks are {', '.join(TASKS)}, and in other modes {', '.join(VARIANTS)}"
+        )
+    return task
+
+
+def select_tasks(items: Sequence[str]) -> list[str]:
+    """The names of the tasks that are meant, each once, in the order of ``TASKS``, a variant after its task.
+
+    Args:
+        items: names of tasks or variants, levels (L1, L2, L3), satellites (s1, s2, s3, s5p) or ``all``. Variants are
+            chosen by their names alone.
+
+    Raises:
+        InputError: an item is none of these; the message lists them.
+    """
+    chosen = set()
+    for item in items:
+        found = {task.name for task in TASKS.values() if item in ("all", task.name, task.level, task.sensor_group)}
+        found |= {item} & VARIANTS.keys()
+        if not found:
+            raise InputError(f"no task or group of tasks {item!r}; valid choices: {', '.join(SELECTABLE)}")
+        chosen |= found
+    return sorted(chosen, key=[name for task in TASKS for name in (task, *_variants_of(task))].index)
+
+
+def _variants_of(name: str) -> list[str]:
+    return [f"{name}-{mode}" for mode in TASKS[name].modes[1:]]

@@ -1,6 +1,6 @@
-"""What Sentinel-5P sees of the planet: columns of four gases over cities, forests and seasons; and NO2 at the ground.
+"""What Sentinel-5P sees of the planet: columns of four gases over cities, forests and seasons; and two at the ground.
 
-Amounts are in the range of the monthly level-3 products, mol m-2.
+Columns are in the range of the monthly level-3 products, mol m-2.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter, shift
 
 from copernicus.datasets.miniature.noise import keyed_rng, plane_noise, stream
 from copernicus.datasets.miniature.optical import air_temperature, day_of_year, greenness
-from copernicus.datasets.miniature.planet import Cover, Surface
+from copernicus.datasets.miniature.planet import Cover, Surface, Window
 
 Gas = Literal["s5p_co", "s5p_no2", "s5p_o3", "s5p_so2"]
 GASES: tuple[Gas, ...] = ("s5p_co", "s5p_no2", "s5p_o3", "s5p_so2")
@@ -30,6 +30,11 @@ def plume(seed: int, surface: Surface, days: float) -> np.ndarray:
     return 0.55 * near + 0.45 * far
 
 
+def _weather(seed: int, gas: Gas, window: Window, days: float) -> np.ndarray:
+    """(H, W) unit variance: what a month's weather does to a gas."""
+    return plane_noise(stream(seed, f"weather {gas} {int(days)}"), window.east_m, window.north_m, 90_000, 3, 0.6)
+
+
 def column(seed: int, gas: Gas, surface: Surface, days: float, scene: int) -> np.ndarray:
     """(1, H, W) float32, mol m-2, monthly mean; NaN where clouds or snow left no retrieval."""
     rng = keyed_rng(seed, gas, scene, int(days))
@@ -38,7 +43,7 @@ def column(seed: int, gas: Gas, surface: Surface, days: float, scene: int) -> np
     north = 1 if window.lat >= 0 else -1
     winter = np.cos(2 * np.pi * (day_of_year(days) - 15) / 365.25) * north
     thin = np.exp(-surface.elevation / 8000)  # less air above high ground
-    wave = plane_noise(stream(seed, f"weather {gas} {int(days)}"), window.east_m, window.north_m, 90_000, 3, 0.6)
+    wave = _weather(seed, gas, window, days)
     if gas == "s5p_no2":
         land = surface.cover != Cover.SEA_LAKE
         value = 1.2e-5 + 6e-6 * land + 7.5e-5 * (1 + 0.45 * winter) * plume(seed, surface, days)
@@ -84,3 +89,20 @@ def surface_no2(seed: int, surface: Surface) -> np.ndarray:
     land = surface.cover != Cover.SEA_LAKE
     level = (2.2 + 1.2 * land + 7.5 * near**0.85 + 14 * traffic) * np.clip(still, 0.4, 2.0) * (1 + 0.12 * texture)
     return np.maximum(level * np.exp(-surface.elevation / 3000), 0.3).astype(np.float32)
+
+
+def surface_o3(seed: int, surface: Surface, summer: list[float]) -> np.ndarray:
+    """(H, W) float32: ozone at the ground summed over the year's days above a threshold, micrograms m-3 days.
+
+    It follows the warmth of summer, from which place and column can be told; height; the weather of the summer months,
+    which the columns of those months share; and it is eaten up where traffic and industry emit, which they do not show.
+
+    Args:
+        summer: days since 1970 of the months that count.
+    """
+    km = surface.window.gsd_m / 1000
+    warmth = np.clip(surface.temperature + surface.season - 8, 0, 25)
+    weather = np.mean([_weather(seed, "s5p_o3", surface.window, day) for day in summer], axis=0)
+    near = gaussian_filter(surface.emission, 2.0 / km, mode="nearest")
+    level = 1500 + 360 * warmth + 0.9 * surface.elevation + 1000 * weather
+    return np.maximum(level * (1 - 0.4 * near / (near + 0.8)), 100).astype(np.float32)

@@ -267,23 +267,32 @@ def reflectance(
         blur: pixels, standard deviation; the ground is looked up at points, a wide pixel mixes what lies around.
     """
     bands = _BANDS[sensor]
-    shares = materials(surface, days)
-    size = shares.shape[1]
-    ground = (bands.reflectance_BM @ shares.reshape(len(_MATERIALS), -1)).reshape(-1, size, size)
-    if blur:
-        ground = gaussian_filter(ground, (0, blur, blur), mode="nearest")
+    ground = _ground(bands, surface, days, blur)
     zenith = sun_zenith_cosine(surface.window.lat, days)
-    tangent = float(np.sqrt(1 - zenith**2) / zenith)
-    south = 1 if surface.window.lat >= 0 else -1
-    shade = 1 + min(tangent, 2.0) * (0.6 * surface.slope_east - 0.8 * south * surface.slope_north)
-    texture = 1 + np.where(surface.cover == Cover.FOREST, 0.12, 0.04) * surface.fine
-    light = gain * np.clip(shade, 0.35, 1.6) * np.clip(texture, 0.5, 1.5) * (1 - 0.72 * air.shadow)
+    light = _light(surface, zenith, gain, air)
     loss = np.exp(-(0.5 * bands.haze_B / 0.16 * air.haze + bands.scattering_B) / zenith * 0.7)
     path = bands.scattering_B * 0.75 / zenith**0.4 + bands.haze_B * air.haze
     clear = path[:, None, None] + loss[:, None, None] * ground * light
     # A high cloud has little of the absorbing gas above it.
     column = np.stack([bands.gas_B, bands.gas_B ** (1 - 0.75 * air.high)])[:, :, None, None]
     return clear * column[0] * (1 - air.cloud) + bands.cloud_B[:, None, None] * column[1] * air.cloud
+
+
+def _ground(bands: _Bands, surface: Surface, days: float, blur: float = 0.0) -> np.ndarray:
+    """(band, H, W) reflectance of the ground, evenly lit."""
+    shares = materials(surface, days)
+    size = shares.shape[1]
+    ground = (bands.reflectance_BM @ shares.reshape(len(_MATERIALS), -1)).reshape(-1, size, size)
+    return gaussian_filter(ground, (0, blur, blur), mode="nearest") if blur else ground
+
+
+def _light(surface: Surface, zenith: float, gain: float, air: Sky) -> np.ndarray:
+    """(H, W) what slopes, canopies and shadows of clouds make of the sun's light; 1 on open, level ground."""
+    tangent = float(np.sqrt(1 - zenith**2) / zenith)
+    south = 1 if surface.window.lat >= 0 else -1
+    shade = 1 + min(tangent, 2.0) * (0.6 * surface.slope_east - 0.8 * south * surface.slope_north)
+    texture = 1 + np.where(surface.cover == Cover.FOREST, 0.12, 0.04) * surface.fine
+    return gain * np.clip(shade, 0.35, 1.6) * np.clip(texture, 0.5, 1.5) * (1 - 0.72 * air.shadow)
 
 
 def s2_toa(
@@ -295,6 +304,19 @@ def s2_toa(
     toa = reflectance("s2_toa", surface, days, sky(seed, surface.window, days, clouds, scene), gain)
     noise = rng.normal(size=toa.shape).astype(np.float32) * (12 + 0.012 * np.sqrt(toa * 10000) * 10)
     return np.clip(np.rint(toa * 10000 + noise), 1, 28000).astype(np.int16)
+
+
+def s2_surface(seed: int, surface: Surface, days: float, scene: int, gain: float) -> np.ndarray:
+    """(13, H, W) int16, reflectance x 10000 under a clear sky with the atmosphere removed, in the sensor's band order.
+
+    Where gas absorbs nearly all light (B09, B10) a real product holds little but the correction's noise.
+    """
+    rng = keyed_rng(seed, "s2 surface", scene, int(days))
+    air = sky(seed, surface.window, days, 0.0, scene)
+    light = _light(surface, sun_zenith_cosine(surface.window.lat, days), gain, air)
+    ground = _ground(_BANDS["s2_toa"], surface, days) * light
+    noise = rng.normal(size=ground.shape).astype(np.float32) * (15 + 0.12 * np.sqrt(ground * 10000))
+    return np.clip(np.rint(ground * 10000 + noise), 1, 16000).astype(np.int16)
 
 
 def s3_olci(seed: int, surface: Surface, days: float, scene: int, air: Sky) -> np.ndarray:

@@ -16,7 +16,7 @@ from copernicus.datasets.baseline import known_offset
 from copernicus.datasets.miniature.planet import METRES_PER_DEGREE, Planet
 from copernicus.datasets.miniature.pretrain import PretrainScale, choose_grids, make_grid
 from copernicus.datasets.miniature.raster import write_tif
-from copernicus.datasets.miniature.write import SCALES, ScaleName
+from copernicus.datasets.miniature.scales import SCALES, ScaleName
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import LEADING_AXES, Grid, grid_center, grid_name, parse_image_name
 

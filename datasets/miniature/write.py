@@ -1,87 +1,35 @@
-"""Writes a miniature Earth: pretraining shards and four benchmark tasks; same bytes on any number of workers."""
+"""Writes a miniature Earth: pretraining shards and benchmark tasks; same bytes on any number of workers."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from copernicus.datasets.miniature.planet import Planet
 from copernicus.datasets.miniature.pretrain import PretrainScale, choose_grids, make_grid
-from copernicus.datasets.miniature.tasks import TASKS, TaskScale
+from copernicus.datasets.miniature.scales import SCALES, Scale, ScaleName
+from copernicus.datasets.miniature.tasks import FOLDERS, TASKS, TaskFolder, TaskScale, check_tasks
 from copernicus.datasets.sensors import InputError
 from copernicus.datasets.shards import shard_path, write_shard
 
 VERSION = 1
 """Of the planet. A change of the bytes that a seed gives raises it."""
 
-ScaleName = Literal["tiny", "small", "full"]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of arrays and numbers of samples."""
-
-    pretrain: PretrainScale
-    tasks: dict[str, TaskScale]
-
-
-def _splits(train: int, val: int, test: int) -> tuple[tuple[str, int], ...]:
-    return (("train", train), ("val", val), ("test", test))
-
-
-def _scale(pretrain: PretrainScale, s3: int, s1: int, classify: tuple, dense: tuple) -> Scale:
-    return Scale(
-        pretrain,
-        {
-            "eurosat_s2": TaskScale(64, _splits(*classify)),
-            "cloud_s3": TaskScale(s3, _splits(*dense)),
-            "flood_s1": TaskScale(s1, _splits(*dense)),
-            "aq_no2_s5p": TaskScale(56, _splits(*dense)),
-        },
-    )
-
-
-_SMALL = PretrainScale(
-    patches=1,
-    local_dates=2,
-    s3_dates=2,
-    s5p_dates=4,
-    local_size=64,
-    s3_size=32,
-    s5p_size=28,
-    dem_size=192,
-    grids_per_shard=32,
-)
-_FULL = PretrainScale(
-    patches=4,
-    local_dates=4,
-    s3_dates=8,
-    s5p_dates=12,
-    local_size=264,
-    s3_size=96,
-    s5p_size=28,
-    dem_size=960,
-    grids_per_shard=100,
-)
-SCALES: dict[str, Scale] = {
-    "tiny": _scale(_SMALL, 64, 64, (40, 20, 20), (12, 6, 6)),
-    "small": _scale(_SMALL, 64, 64, (180, 80, 80), (60, 24, 24)),
-    "full": _scale(_FULL, 256, 224, (1600, 500, 500), (300, 100, 100)),
-}
-
 Progress = Callable[[str, int, int], None]
-"""Called with what is being written ("pretrain" or a task's name), how much of it is done, and how much there is."""
+"""Called with what is being written ("pretrain" or a folder's tasks), how much is done, and how much there is."""
 
 
 @dataclass(frozen=True)
 class MiniatureSummary:
-    """What lies where: the shards, the folder that holds the tasks' folders, and how many samples each split has."""
+    """What lies where: the shards, the folder that holds the tasks' folders, and how many samples each split of each
+    task has that was asked for."""
 
     folder: Path
     shards: list[Path]
@@ -97,21 +45,26 @@ def write_miniature(
     scale: ScaleName = "small",
     workers: int = 1,
     progress: Progress | None = None,
+    tasks: Sequence[str] | None = None,
 ) -> MiniatureSummary:
-    """Writes ``out/pretrain/example-*.tar`` and ``out/bench/<task>/``, unless this very miniature is there already.
+    """Writes ``out/pretrain/example-*.tar`` and ``out/bench/<folder>/``, of these what is not there already.
 
-    The same (grids, seed, scale) give the same bytes whatever the number of workers, on one kind of machine (the last
-    bit of numpy's functions may differ between processors). A run that was interrupted is done again from the start.
+    The same (grids, seed, scale) give the same bytes whatever the number of workers and the tasks, on one kind of
+    machine (the last bit of numpy's functions may differ between processors). ``miniature.json`` says which tasks are
+    written; others can be asked for later. What an interrupted run had begun is done again.
 
     Args:
         grids: number of pretraining grids.
         scale: "full" has the published array sizes (about 48 MB a grid); "small" the same structure in smaller arrays
             (about 0.6 MB a grid); "tiny" the same with few benchmark samples, for trying things out.
+        tasks: names of benchmark tasks; all fifteen where none are given. Tasks that share a folder come together.
 
     Raises:
-        InputError: a number out of range, or the folder holds something else.
+        InputError: a number out of range, a task that does not exist, or the folder holds something else.
     """
     out = Path(out)
+    asked = list(TASKS) if tasks is None else tasks
+    check_tasks(asked)
     if grids < 1 or workers < 1 or seed < 0:
         raise InputError(
             f"miniature: grids={grids}, workers={workers}, seed={seed}; grids and workers start at 1, seeds at 0"
@@ -122,24 +75,39 @@ def write_miniature(
     wanted = {"miniature": VERSION, "grids": grids, "seed": seed, "scale": scale}
     if out.exists() and not out.is_dir():
         raise InputError(f"miniature: {out} is a file; give a folder")
+    found: dict[str, Any] = {}
     if manifest_path.exists():
         found = _read_manifest(manifest_path)
         if {key: found.get(key) for key in wanted} != wanted:
             raise InputError(f"miniature: {out} holds another miniature ({found}); give another folder or delete it")
-        if found.get("complete"):
-            return _summary(out, grids, scale)
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"miniature: folder {out} is not empty; give another folder or empty it")
 
     out.mkdir(parents=True, exist_ok=True)
-    manifest_path.write_text(json.dumps(wanted | {"complete": False}))
+    manifest = wanted | {"pretrain": found.get("pretrain", False), "tasks": found.get("tasks", [])}
+    sizes: Scale = SCALES[scale]
     report = progress or (lambda what, done, total: None)
+    folders = [folder for folder in FOLDERS if set(folder.tasks) & set(asked)]
+    missing = [folder for folder in folders if not set(folder.tasks) <= set(manifest["tasks"])]
+    if not found:
+        _write_manifest(manifest_path, manifest)
     with _Pool(workers) as pool:
-        _write_pretrain(pool, out / "pretrain", grids, seed, SCALES[scale].pretrain, report)
-        for task, task_scale in SCALES[scale].tasks.items():
-            _write_task(pool, out / "bench", task, seed, task_scale, report)
-    manifest_path.write_text(json.dumps(wanted | {"complete": True}))
-    return _summary(out, grids, scale)
+        if not manifest["pretrain"]:
+            _write_pretrain(pool, out / "pretrain", grids, seed, sizes.pretrain, report)
+            manifest["pretrain"] = True
+            _write_manifest(manifest_path, manifest)
+        for folder in missing:
+            _write_task(pool, out / "bench", folder, seed, sizes.tasks[folder.tasks[0]], report)
+            manifest["tasks"] = [task for task in TASKS if task in (*manifest["tasks"], *folder.tasks)]
+            _write_manifest(manifest_path, manifest)
+    return _summary(out, grids, scale, asked)
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Whole or not at all: a kill leaves the old one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(manifest))
+    part.replace(path)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -152,10 +120,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return found
 
 
-def _summary(out: Path, grids: int, scale: str) -> MiniatureSummary:
+def _summary(out: Path, grids: int, scale: str, asked: Sequence[str]) -> MiniatureSummary:
     per_shard = SCALES[scale].pretrain.grids_per_shard
     paths = [shard_path(out / "pretrain", i) for i in range(-(-grids // per_shard))]
-    samples = {task: dict(task_scale.splits) for task, task_scale in SCALES[scale].tasks.items()}
+    samples = {task: dict(SCALES[scale].tasks[task].splits) for task in TASKS if task in asked}
     return MiniatureSummary(out, paths, out / "bench", grids, samples)
 
 
@@ -203,16 +171,16 @@ def _write_one_sample(task: str, seed: int, size: int, root: Path, number: int) 
     return TASKS[task].write_sample(Planet(seed), size, number, root)
 
 
-def _write_task(pool: _Pool, bench: Path, task: str, seed: int, scale: TaskScale, report: Progress) -> None:
-    root = bench / TASKS[task].directory
+def _write_task(pool: _Pool, bench: Path, folder: TaskFolder, seed: int, scale: TaskScale, report: Progress) -> None:
+    root = bench / folder.directory
     root.mkdir(parents=True, exist_ok=True)
-    total = sum(count for _, count in scale.splits)
-    entries = []
-    report(task, 0, total)
-    for entry in pool.map(partial(_write_one_sample, task, seed, scale.size, root), range(total), 4):
-        entries.append(entry)
-        report(task, len(entries), total)
+    total, what = sum(count for _, count in scale.splits), ", ".join(folder.tasks)
+    samples = []
+    report(what, 0, total)
+    write = partial(_write_one_sample, folder.tasks[0], seed, scale.size, root)
+    for sample in pool.map(write, range(total), 4):
+        samples.append(sample)
+        report(what, len(samples), total)
     for split, count in scale.splits:
-        part, entries = entries[:count], entries[count:]
-        path = root / TASKS[task].split_file.format(split)
-        path.write_text(json.dumps(dict(part)) if path.suffix == ".json" else "".join(f"{line}\n" for line in part))
+        part, samples = samples[:count], samples[count:]
+        folder.write_split(root, split, part)

@@ -1,0 +1,373 @@
+"""One cell of a sweep, a task with an encoder: encode the task once, search, then repeat the best setting with seeds.
+
+Each cell is run by a process of its own on the driver's machine (`CellRunner`), where Ray Tune keeps its search apart from
+those of the other cells; its trials run wherever the cluster has room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from copernicus.datasets.bench import get_task
+from copernicus.datasets.bench.reader import TaskDataset
+from copernicus.datasets.bench.task import Task
+from copernicus.datasets.sensors import InputError
+from copernicus.platform.checkpoint import architecture
+from copernicus.platform.experiment import FROZEN, QUICK, Model, Sweep
+from copernicus.platform.features import TaskFeatures, encode_task
+from copernicus.platform.journal import FAILED, FINAL, FINISHED, SEARCH, STOPPED, Trial, as_numbers, best_trial
+from copernicus.platform.language import open_language
+from copernicus.platform.search_space import optuna_search, planned, trial_count
+
+Emit = Callable[[str, Any], None]
+"""Tells the driver of ("stage", text) or ("trial", Trial)."""
+
+
+class CellFailed(RuntimeError):
+    """A cell gave no score."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task with one encoder. ``weights``: a file, hf://... or none."""
+
+    task: str
+    name: str  # of the encoder
+    model: Model
+    weights: str
+    seed: int  # of the encoder's initial weights
+    language: str | None = None  # file of language embeddings, for tasks of variables
+    protocol: str = "probe"
+    blocks: int | None = None  # finetune: the last so many blocks; None: all
+    lora_rank: int | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}-{self.name}"
+
+    def seeds(self, settings: Sweep, seed: int) -> list[int]:
+        """Seeds of the final estimate: not the search's own, whose luck was selected. Closed forms draw nothing."""
+        return [seed + 1 + i for i in range(1 if self.protocol in QUICK else settings.seeds)]
+
+    def trials(self, settings: Sweep) -> int:
+        """Trials of the search."""
+        return 0 if self.protocol in QUICK else trial_count(settings.search, settings.searcher, settings.trials)
+
+
+def resolved(name: str, sizes: dict[str, int]) -> tuple[str, dict[str, Any]]:
+    """A model with all its sizes, those that its name gives among them."""
+    from copernicus.models.zoo import ZOO
+
+    return name, {**(ZOO[name][1] if name in ZOO else {}), **sizes}
+
+
+def build_encoder(cell: Cell) -> Any:
+    """The cell's encoder in evaluation mode, frozen; those of the zoo pool their patch tokens."""
+    from copernicus.models.weights import load_weights
+    from copernicus.models.zoo import create_encoder
+
+    sizes = cell.model.encoder_overrides()
+    # Shapes do not tell the number of heads: a checkpoint of ours says what it is.
+    known = None if cell.weights == "none" else architecture(cell.weights)
+    if known is not None and resolved(*known) != resolved(cell.model.name, sizes):
+        raise InputError(
+            f"encoder {cell.name}: {cell.weights} is of {known[0]} {known[1]}, not {cell.model.name} {sizes}"
+        )
+    # An encoder that knows no language has no such argument.
+    language = {"language": open_language(cell.language)} if cell.language else {}
+    model = create_encoder(cell.model.name, get_task(cell.task).sensor, cell.seed, **sizes, **language)
+    if cell.weights != "none":
+        load_weights(model, cell.weights)
+    return model.eval().requires_grad_(False)
+
+
+class CellRunner:
+    """Runs cells one after the other, in a process of its own (Ray Tune keeps names and state for the whole process)."""
+
+    def __init__(self, verbose: bool = False) -> None:
+        # Trials are kept in the journal: Tune need write neither its logs nor, ever again, its state.
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
+        os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        if not verbose:
+            from copernicus.platform.session import silence
+
+            silence()
+
+    def run(
+        self, cell: Cell, settings: Sweep, seed: int, folder: Path, done: list[Trial], share: int, events: Any
+    ) -> None:
+        """Run what is unfinished of a cell.
+
+        Args:
+            done: its trials that are finished already.
+            share: how many trials at once.
+            events: a queue that takes (cell key, kind, content) for the driver.
+
+        Raises:
+            InputError, CellFailed: the cell cannot give a score.
+        """
+        run_cell(cell, settings, seed, folder, done, share, lambda kind, what: events.put((cell.key, kind, what)))
+
+
+def run_cell(cell: Cell, settings: Sweep, seed: int, folder: Path, done: list[Trial], share: int, emit: Emit) -> None:
+    """See `CellRunner.run`."""
+    import ray
+
+    task = get_task(cell.task)
+    tested = {t.number for t in done if t.role == FINAL and t.status == FINISHED}
+    missing = [s for s in cell.seeds(settings, seed) if s not in tested]
+    if not missing:
+        return
+    resources = {"num_cpus": settings.cpus_per_trial, "num_gpus": settings.gpus_per_trial}
+    features = None
+    if cell.protocol in FROZEN:
+        emit("stage", "encoding")
+        features = _encode(cell, settings, share, emit)
+    searched = [t for t in done if t.role == SEARCH]
+    count = cell.trials(settings)
+    if len([t for t in searched if t.status != FAILED]) < count and not _all_tried(searched, count):
+        emit("stage", "search")
+        searched = _search(cell, settings, features, seed, folder, searched, share, emit)
+    best = best_trial(searched, task.metric_key, task.higher_is_better)
+    if count and best is None:
+        raise CellFailed(f"all {len(searched)} trials failed; the last: {searched[-1].error}")
+    chosen = best.settings if best else {}
+    emit("stage", "seeds")
+    trial = ray.remote(run_trial).options(**resources)
+    first = cell.seeds(settings, seed)[0]
+    running = {trial.remote(cell, settings, chosen, features, s, folder, True, s == first): s for s in missing}
+    failed = ""
+    while running:
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        number = running.pop(ready)
+        try:
+            outcome = ray.get(ready)
+        except Exception as error:  # the other seeds still count
+            failed = last_line(error)
+            emit("trial", Trial(cell.key, FINAL, number, chosen, status=FAILED, error=failed))
+        else:
+            for name, png in outcome.pictures.items():
+                (folder / name).write_bytes(png)
+            emit("trial", Trial(cell.key, FINAL, number, chosen | outcome.chosen, outcome.metrics, outcome.curve))
+    if failed:
+        raise CellFailed(failed)
+
+
+def _all_tried(searched: list[Trial], count: int) -> bool:
+    """Some trials failed but every one was tried: a setting that fails once fails again, unless nothing worked."""
+    return len(searched) >= count and any(t.status != FAILED for t in searched)
+
+
+def _encode(cell: Cell, settings: Sweep, share: int, emit: Emit) -> TaskFeatures:
+    import ray
+
+    def progress(split: str, done: int, total: int) -> None:
+        emit("stage", f"encoding {split} {done}/{total}")
+
+    if share > 1:
+        return encode_cell(cell, settings, share, progress)
+    # One worker is a task like any other: a pool of one would take longer to start than a small task to encode.
+    resources = {"num_cpus": settings.cpus_per_trial, "num_gpus": settings.gpus_per_trial}
+    return ray.get(ray.remote(encode_cell).options(**resources).remote(cell, settings, 0, progress))
+
+
+def encode_cell(cell: Cell, settings: Sweep, workers: int = 0, progress: Any = None) -> TaskFeatures:
+    """Encode the task once with the cell's frozen encoder, or find it encoded already.
+
+    Args:
+        workers: how many processes encode; 0: this one.
+    """
+    import torch
+
+    encoder = build_encoder(cell)
+    if not workers:
+        torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
+        encoder = encoder.to("cuda" if settings.gpus_per_trial else "cpu")
+    return encode_task(
+        encoder,
+        get_task(cell.task),
+        settings.data,
+        settings.cache,
+        preset=settings.preset,  # type: ignore[arg-type]
+        image_size=settings.image_size.get(cell.task),
+        precision=settings.precision,  # type: ignore[arg-type]
+        keep=settings.features,  # type: ignore[arg-type]
+        cache_gb=settings.cache_gb,
+        workers=workers,
+        cpus_per_worker=settings.cpus_per_trial,
+        gpus_per_worker=settings.gpus_per_trial,
+        progress=progress,
+    )
+
+
+def open_split(task: Task, settings: Sweep, split: str) -> TaskDataset:
+    return task.open(settings.data, split, settings.preset, settings.image_size.get(task.name))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial came to: figures, their course, and PNG files by name."""
+
+    metrics: dict[str, float]
+    curve: list[dict[str, float]]
+    pictures: dict[str, bytes]
+    chosen: dict[str, float]  # what a quick look chose for itself
+
+
+def run_trial(
+    cell: Cell,
+    settings: Sweep,
+    chosen: dict[str, float],
+    features: TaskFeatures | None,
+    seed: int,
+    folder: Path,
+    final: bool,
+    pictures: bool = False,
+    report: Callable[[int, dict[str, float]], None] | None = None,
+) -> Outcome:
+    """Train and evaluate one head (of the tuned protocols, the encoder too). The test split counts in the final estimate
+    only."""
+    import torch
+
+    from copernicus.platform.finetune import FinetuneSettings, run_finetune
+    from copernicus.platform.probe import ProbeSettings, run_probe
+    from copernicus.platform.quick_probes import run_quick
+    from copernicus.platform.trial_pictures import SHOWN, draw_trial
+
+    started = time.monotonic()
+    torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
+    task = get_task(cell.task)
+    device = "cuda" if settings.gpus_per_trial else "cpu"
+    given = {"epochs": settings.epochs, "head": settings.head}
+    given |= {"batch_size": settings.batch_size} if settings.batch_size else {}
+    options = {"test": final, "device": device, "examples": SHOWN if pictures else 0}
+    if cell.protocol in QUICK:
+        assert features is not None
+        result = run_quick(features, task, cell.protocol, seed, test=final)
+    elif cell.protocol == "probe":
+        assert features is not None
+        result = run_probe(features, task, ProbeSettings.for_task(task, **{**given, **chosen}), seed, report, **options)
+    else:
+        tuning = {"blocks": cell.blocks, "lora_rank": cell.lora_rank}
+        whole = FinetuneSettings.for_task(task, **{**given, **chosen}, **tuning)
+        datasets = {split: open_split(task, settings, split) for split in ("train", "val", "test")}
+        # Goes on after the last epoch where an earlier attempt was killed.
+        key = hashlib.sha256(json.dumps([seed, final, sorted(chosen.items())]).encode()).hexdigest()[:12]
+        kept = folder / "epochs" / key
+        result = run_finetune(build_encoder(cell), datasets, task, whole, seed, report, **options, folder=kept)
+        shutil.rmtree(kept, ignore_errors=True)
+    metrics = {f"val/{k}": v for k, v in result.val.items()} | {"val/best_epoch": float(result.best_epoch)}
+    if result.test is not None:
+        metrics |= {f"test/{k}": v for k, v in result.test.items()}
+        metrics |= {f"samples/{split}": float(n) for split, n in result.samples.items()}
+    seconds = time.monotonic() - started
+    drawn = {}
+    if pictures:
+        drawn = draw_trial(
+            task, open_split(task, settings, "test"), result, f"{task.title}, {cell.name}: test split, seed {seed}"
+        )
+    return Outcome(metrics | {"seconds": seconds}, result.curves, drawn, result.chosen)
+
+
+def _search(
+    cell: Cell,
+    settings: Sweep,
+    features: TaskFeatures | None,
+    seed: int,
+    folder: Path,
+    done: list[Trial],
+    share: int,
+    emit: Emit,
+) -> list[Trial]:
+    """Runs the trials that are left; returns all of the search."""
+    from ray import tune
+
+    task = get_task(cell.task)
+    metric, mode = f"val/{task.metric_key}", "max" if task.higher_is_better else "min"
+    best = f"best_val_{task.metric_key}"
+    plan = planned(settings.search, settings.searcher, settings.trials, seed, cell.task)
+    left = sorted(set(range(cell.trials(settings))) - {t.number for t in done if t.status != FAILED})
+    asha = settings.scheduler == "asha"
+
+    def trainable(config: dict[str, Any]) -> None:
+        chosen = plan[config["number"]] if plan is not None else config
+        curve: list[dict[str, float]] = []
+
+        def report(epoch: int, figures: dict[str, float]) -> None:
+            curve.append(figures)
+            tune.report({metric: figures[best], "epoch": epoch, "curve": curve, "whole": False})
+
+        outcome = run_trial(cell, settings, chosen, features, seed, folder, False, report=report if asha else None)
+        tune.report({**outcome.metrics, "epoch": len(outcome.curve) + 1, "curve": outcome.curve, "whole": True})
+
+    trials = {t.number: t for t in done}
+
+    def add(config: dict[str, Any], status: str, result: dict[str, Any], error: str = "") -> None:
+        number = config["number"] if plan is not None else next(n for n in left if n not in numbered)
+        numbered.add(number)
+        settings_of = plan[number] if plan is not None else {k: float(v) for k, v in config.items()}
+        metrics = as_numbers(result, ("val/", "seconds"))
+        trial = Trial(cell.key, SEARCH, number, settings_of, metrics, list(result.get("curve", [])), status, error)
+        trials[number] = trial
+        emit("trial", trial)
+
+    numbered: set[int] = set()
+
+    class Recorder(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            result = trial.last_result
+            add(dict(trial.config), FINISHED if result.get("whole") else STOPPED, result)
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            add(dict(trial.config), FAILED, {}, _tune_error(trial))
+
+    searcher = None
+    if plan is None:
+        searcher = optuna_search(settings.search, metric, mode, seed, cell.task, done)
+    scheduler = None
+    if asha:
+        scheduler = tune.schedulers.ASHAScheduler(
+            time_attr="epoch", max_t=settings.epochs + 1, grace_period=max(1, settings.epochs // 8), reduction_factor=3
+        )
+    path = folder / "tune"
+    shutil.rmtree(path, ignore_errors=True)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}),
+        param_space={"number": tune.grid_search(left)} if plan is not None else None,
+        tune_config=tune.TuneConfig(
+            metric=metric,
+            mode=mode,
+            num_samples=1 if plan is not None else len(left),
+            search_alg=searcher,
+            scheduler=scheduler,
+            max_concurrent_trials=share,
+            reuse_actors=True,  # a new process a trial would cost more than the trial
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(folder), callbacks=[Recorder()], verbose=0),
+    )
+    tuner.fit()
+    shutil.rmtree(path, ignore_errors=True)
+    return sorted(trials.values(), key=lambda t: t.number)
+
+
+def _tune_error(trial: Any) -> str:
+    try:
+        return last_line(trial.get_pickled_error() or trial.get_error() or "unknown")
+    except Exception:  # the error itself may not be readable here
+        return "unknown error; see the log"
+
+
+def last_line(error: BaseException | str) -> str:
+    """What went wrong, without the way there."""
+    text = str(getattr(error, "cause", None) or error).strip()
+    return text.splitlines()[-1] if text else type(error).__name__
