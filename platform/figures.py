@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from copernicus.datasets.bench.task import Task
 from copernicus.platform.comparison import aggregate
 from copernicus.platform.leaderboard import Leaderboard, colour, mean_curve
+from copernicus.platform.statistics import Estimate
 from copernicus.platform.tables import task_ranks
 
 DPI = 130
@@ -62,7 +63,7 @@ def draw_curves(board: Leaderboard, path: Path) -> Path | None:
         _title(axis, task)
         axis.set_xlabel("epoch", fontsize=8)
         axis.grid(alpha=0.3)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes[: len(tasks)]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
@@ -76,16 +77,15 @@ def draw_aggregates(board: Leaderboard, path: Path) -> Path | None:
     found = aggregate(board)
     if not found.rows:
         return None
-    columns = [("mean rank (1 is best)", [row.rank for row in found.rows])]
+    columns: list[tuple[str, list[Estimate]]] = [("mean rank (1 is best)", [row.rank for row in found.rows])]
     if found.normalised:
-        scores = [("interquartile mean", [row.iqm for row in found.rows]), ("mean", [row.mean for row in found.rows])]
-        columns = [*((f"normalised score, {name}", values) for name, values in scores), *columns]  # type: ignore[misc]
+        columns.insert(0, ("normalised score, mean", [row.mean for row in found.rows if row.mean]))
+        columns.insert(0, ("normalised score, interquartile mean", [row.iqm for row in found.rows if row.iqm]))
     figure = Figure(figsize=(1.6 + 3.1 * len(columns), 1.3 + 0.42 * len(found.rows)), layout="constrained", dpi=DPI)
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
     for axis, (name, estimates) in zip(axes, columns, strict=True):
         for y, (row, estimate) in enumerate(zip(found.rows, estimates, strict=True)):
-            assert estimate is not None
             shade = colour(board.encoders.index(row.encoder))
             if not math.isnan(estimate.low):
                 axis.plot([estimate.low, estimate.high], [y, y], lw=6, alpha=0.35, color=shade, solid_capstyle="butt")

@@ -70,7 +70,7 @@ summary{cursor:pointer;font-weight:600;padding:6px 0}
 summary small{font-weight:400;color:var(--dim)}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:14px}
 figure{margin:0;padding:10px;break-inside:avoid}
-figure img{width:100%;height:auto;display:block;background:#fff;border-radius:6px}
+figure img{max-width:100%;height:auto;display:block;background:#fff;border-radius:6px}
 code{font:13px ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
 .empty{color:var(--dim);font-size:13px}
 @media print{@page{size:A4 landscape;margin:12mm}

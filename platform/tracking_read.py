@@ -105,7 +105,8 @@ def failures_tag(failures: Mapping[str, str]) -> str:
 
 
 def _experiments(client: MlflowClient, uri: str, name: str | None) -> list[str]:
-    found, token = [], None
+    found: list[Any] = []
+    token = None
     while True:
         page = client.search_experiments(max_results=PAGE, page_token=token)
         found += page

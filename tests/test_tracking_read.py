@@ -3,18 +3,19 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from boards import plan_cells
+from click.testing import Result
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from typer.testing import CliRunner
 
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import InputError
 from copernicus.platform import tracking_read
+from copernicus.platform.cli import app
 from copernicus.platform.leaderboard import Leaderboard, Score
 from copernicus.platform.tracking_read import failures_tag, read_mlflow
 
@@ -212,38 +213,28 @@ def test_what_is_no_store_is_said_and_nothing_is_made(uri, message, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"text.db", "empty.db"}
 
 
-def copernicus(folder: Path, *arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "copernicus.platform.cli", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["leaderboard", *arguments], catch_exceptions=True)
 
 
 def test_the_command_rebuilds_everything_from_the_store_alone(store, tmp_path):
     store.whole("bench", "id-1", expected())
-    output = copernicus(tmp_path, "leaderboard", "--mlflow", store.uri, "--sweep", "bench", "--out", "built")
-    assert "3.02 ± 0.01" in output
-    assert "leaderboard.html" in output
-    built = {p.name for p in (tmp_path / "built").iterdir()}
-    assert built >= {
-        "leaderboard.html",
-        "leaderboard.csv",
-        "leaderboard.md",
-        "leaderboard.json",
-        "leaderboard_curves.png",
-    }
+    out = str(tmp_path / "built")
+    result = command("--mlflow", store.uri, "--sweep", "bench", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "3.02 ± 0.01" in result.output
+    assert "leaderboard.html" in result.output
+    built = {p.name for p in Path(out).iterdir()}
+    assert built >= {"leaderboard.html", "leaderboard.csv", "leaderboard.json", "leaderboard_curves.png"}
     assert (tmp_path / "built" / "leaderboard.md").read_text().count("±") > 12
     # What it wrote is a folder as a sweep leaves one.
-    again = copernicus(tmp_path, "leaderboard", "built")
-    assert again.splitlines()[:8] == output.splitlines()[:8]
+    again = command(out).output.strip()
+    assert again
+    assert result.output.startswith(again)
 
 
 @pytest.mark.parametrize("arguments", [[], ["x", "--mlflow", "sqlite:///y"], ["x", "--sweep", "y"]])
-def test_the_command_says_what_it_needs(arguments, tmp_path):
-    from typer.testing import CliRunner
-
-    from copernicus.platform.cli import app
-
-    result = CliRunner().invoke(app, ["leaderboard", *arguments])
+def test_the_command_says_what_it_needs(arguments):
+    result = command(*arguments)
     assert isinstance(result.exception, InputError)
     assert "--mlflow" in str(result.exception)
