@@ -301,6 +301,7 @@ class Tracker:
         100 runs, the chart those that the page holds: give a ``search`` that finds no more, or press "Load more".
         """
         section = {"uuid": "sweep", "name": "Sweep", "display": True, "isReordered": False, "deleted": False}
+        section |= {"isGenerated": False, "columns": 1, "cardHeight": 480}  # as wide as the page
         coordinates = {
             "type": "PARALLEL", "uuid": "coordinates", "metricSectionId": "sweep", "deleted": False, "isGenerated": False,
             "selectedParams": list(parameters), "selectedMetrics": [metric], "showAllRuns": True, "runsCountToCompare": 10,

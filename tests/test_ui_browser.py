@@ -1,5 +1,5 @@
-"""`copernicus ui` in headless Chromium: what the printed links open. Screenshots go to the folder that
-COPERNICUS_SCREENSHOTS names, or to pytest's temporary one."""
+"""`copernicus ui` in headless Chromium: what the printed links open, with a few runs and with a sweep of 1,000 trials.
+Screenshots go to the folder that COPERNICUS_SCREENSHOTS names, or to pytest's temporary one."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+import sqlalchemy
 
+from copernicus.datasets.order import generator
 from copernicus.platform import tracking
+from copernicus.platform.spool import Spool
 from copernicus.platform.tracking import Run, Tracker
 
 pytestmark = pytest.mark.browser
@@ -274,3 +277,118 @@ def test_an_ended_ui_leaves_no_server_behind(
     with serving(tracker.uri, free_port(), tmp_path / "ui.log") as process:
         assert end_group(process, how), (tmp_path / "ui.log").read_text()
         assert process.returncode == 0
+
+
+TASKS = [f"task_{i:02d}" for i in range(15)]
+ENCODERS = ["mine", "published", "random"]
+SEARCHED, SEEDS = 17, 5
+"""Trials of each of 45 cells: 990 in all."""
+
+
+@dataclass
+class Sweep:
+    tracker: Tracker
+    run: Run
+    finals: dict[tuple[str, str], list[str]]  # ids of the runs of the final estimate, by task and encoder
+
+
+@pytest.fixture(scope="module")
+def thousand(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A sweep of 990 trials, spooled into the store that is being served."""
+    folder = tmp_path_factory.mktemp("thousand")
+    tracker = Tracker(page.tracker.uri, "thousand", folder / "artifacts")
+    # The disk is not what is tried here.
+    engine = tracker.client._tracking_client.store.engine
+    sqlalchemy.event.listen(engine, "checkout", lambda c, *_: c.execute("PRAGMA synchronous = OFF"))
+    cells = {"tasks": TASKS, "encoders": ENCODERS, "seeds": list(range(1, SEEDS + 1))}
+    tags = {"sweep": "bench", "sweep_id": "bench-0a1b2c"}
+    sweep = tracker.start("bench", {"kind": "sweep", "cells": json.dumps(cells), **tags})
+    rng = generator("thousand trials")
+    keys: dict[tuple[str, str], list[str]] = {}
+    with Spool(tracker, folder) as spool:
+        for task in TASKS:
+            for encoder in ENCODERS:
+                for number in range(SEARCHED + SEEDS):
+                    role, seed = ("final", number - SEARCHED + 1) if number >= SEARCHED else ("search", 0)
+                    lr, score = float(10 ** rng.uniform(-4, 0)), float(60 + 40 * rng.uniform())
+                    key = f"{task}-{encoder}-{role}-{number}"
+                    if role == "final":
+                        keys.setdefault((task, encoder), []).append(key)
+                    spool.add_run(
+                        key, f"{task} {encoder} {role} {number}",
+                        {"kind": "trial", "task": task, "encoder": encoder, "role": role, "seed": seed, **tags},
+                        sweep.id, {"task": task, "encoder": encoder, "lr": lr, "model": "copernicus_fm_base"},
+                        [(3, {"score": score, "val/oa": score}), *((e, {"val_oa": score - 3 + e}) for e in range(3))],
+                        seconds=2.5,
+                    )  # fmt: skip
+    sweep.end()
+    return Sweep(tracker, sweep, {cell: [str(spool.run_id(key)) for key in held] for cell, held in keys.items()})
+
+
+ROWS = "[...document.querySelectorAll('.ag-center-cols-container .ag-row')]"
+FOUND = "return Number((document.body.innerText.match(/(\\d+) matching run/) || [])[1])"
+
+
+def listed(browser: Browser) -> set[str]:
+    """Ids of the runs that the page has rows for."""
+    links = "[...document.querySelectorAll('.ag-row a[href*=\"/runs/\"]')]"
+    return set(browser.js(f"return {links}.map(a => a.getAttribute('href').split('/runs/')[1].split(/[?/]/)[0])"))
+
+
+def test_a_thousand_trials_are_folded_into_their_sweep(thousand: Sweep, browser: Browser) -> None:
+    link, _, query = thousand.tracker.run_link(thousand.run).partition("?")
+    browser.open(f"{link.partition('/runs/')[0]}/runs?{query}")
+    browser.until(f"return {ROWS}.length > 0")
+    assert listed(browser) == {thousand.run.id}, "one row, whatever is below it"
+    browser.shows("bench", "Load more")
+    assert browser.js(FOUND) == 101, "a page of MLflow, and the parent of its runs"
+    browser.shot("thousand")
+    browser.js(f"document.querySelector(`.ag-row[row-id='{thousand.run.id}'] button`).click()")
+    browser.until(f"return {ROWS}.length > 10")
+    browser.shows("task_14 random final 21")  # the last one first
+    browser.shot("thousand_open")
+
+
+def test_a_filter_finds_trials_below_their_sweep(thousand: Sweep, browser: Browser) -> None:
+    search = "tags.task = 'task_03' and tags.role = 'final' and tags.sweep_id = 'bench-0a1b2c'"
+    browser.open(thousand.tracker.runs_link(search))
+    browser.until(f"{FOUND} == 15")
+    expected = {run for encoder in ENCODERS for run in thousand.finals["task_03", encoder]}
+    browser.until(f"return {ROWS}.length >= 15")
+    assert listed(browser) == expected, "each in a row of its own, not folded"
+    browser.shot("thousand_filtered")
+
+
+def test_a_view_shows_what_a_sweep_compares(thousand: Sweep, browser: Browser) -> None:
+    search = "tags.kind = 'trial' and tags.task = 'task_03' and tags.sweep_id = 'bench-0a1b2c'"
+    browser.open(thousand.tracker.view_link("bench-0a1b2c-task_03", search))
+    browser.until(f"{FOUND} == 66")
+    heads = "return [...document.querySelectorAll('.ag-header-cell')].map(e => e.innerText.trim())"
+    browser.until(f"{heads}.includes('score')")
+    assert {"encoder", "lr", "task", "score", "role", "seed"} <= set(browser.js(heads))
+    browser.shot("thousand_view")
+    browser.open(thousand.tracker.view_link("bench-0a1b2c-task_03", search, chart=True))
+    labels = "return [...document.querySelectorAll('.parcoords .dimension .label')].map(e => e.textContent)"
+    browser.until(f"{labels}.length == 4")
+    assert browser.js(labels) == ["task", "encoder", "lr", "score"]
+    browser.shows("Showing all runs", *ENCODERS)
+    browser.shot("thousand_chart")
+
+
+def test_a_view_groups_seeds_by_task_and_encoder(thousand: Sweep, browser: Browser) -> None:
+    search = "tags.role = 'final' and tags.encoder = 'mine' and tags.sweep_id = 'bench-0a1b2c'"
+    browser.open(thousand.tracker.view_link("bench-0a1b2c", search, group_by=("task", "encoder")))
+    browser.until(f"{FOUND} == 75")
+    browser.shows("Group by: task", "Group: task:", "(average)")
+    browser.shot("thousand_grouped")
+
+
+def test_compare_holds_all_final_trials_of_a_sweep(thousand: Sweep, browser: Browser) -> None:
+    runs = [run for held in thousand.finals.values() for run in held]
+    assert len(runs) == 225
+    browser.open(thousand.tracker.compare_link(runs))
+    browser.shows("Comparing 225 Runs from 1 Experiment")
+    axes = "return [...document.querySelectorAll('.js-plotly-plot .axis-title')].map(e => e.textContent)"
+    browser.until(f"{axes}.length == 4")
+    assert browser.js(axes) == ["encoder", "lr", "task", "score"]
+    browser.shot("thousand_compare")
