@@ -307,7 +307,11 @@ def _search(
             curve.append(figures)
             tune.report({metric: figures[best], "epoch": epoch, "curve": curve, "whole": False})
 
-        outcome = run_trial(cell, settings, chosen, features, seed, folder, False, report=report if asha else None)
+        try:
+            outcome = run_trial(cell, settings, chosen, features, seed, folder, False, report=report if asha else None)
+        except Exception as error:  # said here: Tune's callbacks hear of an error before they can read it
+            tune.report({metric: float("nan"), "epoch": len(curve) + 1, "error": last_line(error)})
+            return
         tune.report({**outcome.metrics, "epoch": len(outcome.curve) + 1, "curve": outcome.curve, "whole": True})
 
     trials = {t.number: t for t in done}
@@ -326,10 +330,13 @@ def _search(
     class Recorder(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             result = trial.last_result
-            add(dict(trial.config), FINISHED if result.get("whole") else STOPPED, result)
+            if error := result.get("error", ""):
+                add(dict(trial.config), FAILED, {}, error)
+            else:
+                add(dict(trial.config), FINISHED if result.get("whole") else STOPPED, result)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            add(dict(trial.config), FAILED, {}, _tune_error(trial))
+            add(dict(trial.config), FAILED, {}, "its process died")
 
     searcher = None
     if plan is None:
@@ -358,13 +365,6 @@ def _search(
     tuner.fit()
     shutil.rmtree(path, ignore_errors=True)
     return sorted(trials.values(), key=lambda t: t.number)
-
-
-def _tune_error(trial: Any) -> str:
-    try:
-        return last_line(trial.get_pickled_error() or trial.get_error() or "unknown")
-    except Exception:  # the error itself may not be readable here
-        return "unknown error; see the log"
 
 
 def last_line(error: BaseException | str) -> str:
