@@ -74,9 +74,9 @@ def validate(e: Experiment, source: str) -> None:
         except InputError as error:
             raise wrong("miniature.tasks", str(error)) from None
         if e.sweep and made[0] in Path(e.sweep.data).absolute().parents:
-            for task in select_tasks([item for item in e.sweep.tasks if item in SELECTABLE]):
-                if task.partition("-")[0] not in written:
-                    raise wrong("miniature.tasks", f"lacks {task}, which sweep.tasks looks for in {e.sweep.data}")
+            for swept in select_tasks([item for item in e.sweep.tasks if item in SELECTABLE]):
+                if swept.partition("-")[0] not in written:
+                    raise wrong("miniature.tasks", f"lacks {swept}, which sweep.tasks looks for in {e.sweep.data}")
 
     def exists(path: str, value: str) -> None:
         here = Path(value).absolute()

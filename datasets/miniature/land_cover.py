@@ -140,7 +140,7 @@ def write_dfc2020(planet: Planet, size: int, number: int, root: Path) -> str:
     lon, lat = find_place(planet, rng, cover, size, least, 0.9)
     surface = planet.surface(Window(lon, lat, size, 10.0))
     days = _YEAR_START + int((200 if lat >= 0 else 17) + rng.normal(0, 45)) % 365
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "s1": radar.s1_grd(seed, surface, days, scene).astype(np.float64),
         "s2": optical.s2_toa(seed, surface, days, scene, gain=rng.uniform(0.85, 1.15)).astype(np.uint16),
         "dfc": legends.dfc2020(surface)[None],

@@ -33,6 +33,7 @@ def preview(out: Path | str) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     out = Path(out)
     try:
@@ -46,8 +47,7 @@ def preview(out: Path | str) -> Path:
     with_legend = [any(panel.legend for _, panel in row) for row in rows]
     heights = [_PLANET_INCHES, _GRID_INCHES, _GRID_INCHES]
     heights += [_TASK_INCHES + _LEGEND_INCHES * legend for legend in with_legend]
-    figure = Figure(figsize=(20, sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.08)
+    figure = Figure(figsize=(20, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.08))
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     parts = [figure.add_subfigure(grid[row]) for row in range(len(heights))]

@@ -152,7 +152,7 @@ def _bigearthnet(root: Path) -> list[Panel]:
 
 def _static(root: Path) -> dict[str, Path]:
     """Place -> its image of the static mode."""
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted(root.glob("static_fnames-*.csv")):
         with open(path, newline="") as file:
             found |= {place: root / "s3_olci" / place / name for place, name in csv.reader(file)}
