@@ -166,14 +166,11 @@ def _plan(archive: Archive, out: Path, revision: str | None) -> Plan:
     unpacked = sum(source.stamp.size for source in sources)
     if archive.zipped:
         (source,) = sources
-        part = _part(archive, out, source)
-        local = part if _have(part, source) == source.stamp.size else None
-        local = out / source.name if _whole(out / source.name, source) else local
         try:
-            with open(local, "rb") if local else io.BufferedReader(_Remote(source), 1 << 20) as directory:
+            with io.BufferedReader(_Remote(source), 1 << 20) as directory:
                 unpacked = contents(directory, archive.folder).taken
         except ArchiveError as error:
-            raise FetchFailed(f"{local or source.file.uri}: {error}") from None
+            raise FetchFailed(f"{source.file.uri}: {error}") from None
     return Plan(archive, asked, tuple(sources), unpacked)
 
 
@@ -235,7 +232,12 @@ def _fetch(plan: Plan, out: Path, keep: bool, console: Console) -> None:
             try:
                 found = unpack(files[0], unpacked, archive.folder, lambda n: update(min(round(n / _MB), total), total))
             except ArchiveError as error:
-                raise FetchFailed(f"{files[0]}: {error}") from None
+                if files[0].parent == out:
+                    raise InputError(f"{files[0]}: {error}; move it away to fetch it anew") from None
+                files[0].unlink()
+                raise FetchFailed(
+                    f"{plan.sources[0].file.uri}: {error}. It is deleted; the same command fetches it anew"
+                ) from None
         left_out = found.left_out
     else:
         (unpacked / archive.folder).mkdir(parents=True)
@@ -251,11 +253,8 @@ def _fetch(plan: Plan, out: Path, keep: bool, console: Console) -> None:
     os.replace(unpacked / archive.folder, out / archive.folder)
     if left_out:
         _say(console, f"  left out, beside {archive.folder}/: {', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}", "yellow")  # fmt: skip
-    for source, path in zip(plan.sources, files, strict=True):
-        if keep and path.is_file() and path.parent != out:
-            os.replace(path, out / source.name)
-        elif not keep and path.parent != out:
-            path.unlink(missing_ok=True)
+    if keep and archive.zipped and files[0].parent != out:
+        os.replace(files[0], out / plan.sources[0].name)
     shutil.rmtree(work)
 
 
