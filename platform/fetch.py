@@ -27,6 +27,7 @@ from copernicus.datasets.bench.archive import REPOSITORY, Archive, ArchiveError,
 from copernicus.datasets.bench.tasks import select_tasks
 from copernicus.datasets.sensors import InputError
 from copernicus.datasets.storage import File, Stamp, open_file
+from copernicus.datasets.stores import StoreError
 from copernicus.platform.run import locked, progress_bar, write_atomically
 
 MANIFEST = ".fetched.json"
@@ -92,8 +93,8 @@ def fetch_command(
 
     Raises:
         InputError: unknown task, no such file or no access on the hub, or no room on the disk.
-        FetchFailed: what came is damaged, or not what it should be.
-        StoreError: the hub cannot be reached.
+        FetchFailed: the hub cannot be reached; or what came is damaged, or not what it should be.
+        StoreError: the hub stopped answering on the way.
     """
     out = out.absolute()
     if blocking := [path for path in (out, *out.parents) if path.is_file()]:
@@ -161,6 +162,11 @@ def _plan(archive: Archive, out: Path, revision: str | None) -> Plan:
         except PermissionError as error:
             raise InputError(
                 f"{_hub()} gives no access to {REPOSITORY} ({error}); check HF_ENDPOINT, or `hf auth login` or HF_TOKEN"
+            ) from None
+        except StoreError as error:
+            raise FetchFailed(
+                f"{_hub()} did not give {path} ({error.said}). Check the network, or set HF_ENDPOINT to a mirror; the same "
+                "command goes on where it stopped"
             ) from None
         sources.append(Source(file, path.rpartition("/")[2], stamp, md5 if asked == archive.revision else ""))
     unpacked = sum(source.stamp.size for source in sources)

@@ -325,7 +325,8 @@ def test_nobody_answers(hub, copernicus, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(handles, "_process", None)
     output = copernicus("data", "fetch", "cloud_s3", "--out", str(tmp_path / "bench"), code=1)
-    assert f"{port}" in output
+    assert f"http://127.0.0.1:{port} did not give l1_cloud_s3/cloud_s3.zip" in output
+    assert "HF_ENDPOINT" in output
     assert "goes on where it stopped" in output
 
 
