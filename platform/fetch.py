@@ -27,6 +27,7 @@ from copernicus.datasets.bench.archive import REPOSITORY, Archive, ArchiveError,
 from copernicus.datasets.bench.tasks import select_tasks
 from copernicus.datasets.sensors import InputError
 from copernicus.datasets.storage import File, Stamp, open_file
+from copernicus.datasets.stores import StoreError
 from copernicus.platform.run import locked, progress_bar, write_atomically
 
 MANIFEST = ".fetched.json"
@@ -92,8 +93,8 @@ def fetch_command(
 
     Raises:
         InputError: unknown task, no such file or no access on the hub, or no room on the disk.
-        FetchFailed: what came is damaged, or not what it should be.
-        StoreError: the hub cannot be reached.
+        FetchFailed: the hub cannot be reached; or what came is damaged, or not what it should be.
+        StoreError: the hub stopped answering on the way.
     """
     out = out.absolute()
     if blocking := [path for path in (out, *out.parents) if path.is_file()]:
@@ -162,18 +163,20 @@ def _plan(archive: Archive, out: Path, revision: str | None) -> Plan:
             raise InputError(
                 f"{_hub()} gives no access to {REPOSITORY} ({error}); check HF_ENDPOINT, or `hf auth login` or HF_TOKEN"
             ) from None
+        except StoreError as error:
+            raise FetchFailed(
+                f"{_hub()} did not give {path} ({error.said}). Check the network, or set HF_ENDPOINT to a mirror; the same "
+                "command goes on where it stopped"
+            ) from None
         sources.append(Source(file, path.rpartition("/")[2], stamp, md5 if asked == archive.revision else ""))
     unpacked = sum(source.stamp.size for source in sources)
     if archive.zipped:
         (source,) = sources
-        part = _part(archive, out, source)
-        local = part if _have(part, source) == source.stamp.size else None
-        local = out / source.name if _whole(out / source.name, source) else local
         try:
-            with open(local, "rb") if local else io.BufferedReader(_Remote(source), 1 << 20) as directory:
+            with io.BufferedReader(_Remote(source), 1 << 20) as directory:
                 unpacked = contents(directory, archive.folder).taken
         except ArchiveError as error:
-            raise FetchFailed(f"{local or source.file.uri}: {error}") from None
+            raise FetchFailed(f"{source.file.uri}: {error}") from None
     return Plan(archive, asked, tuple(sources), unpacked)
 
 
@@ -235,7 +238,12 @@ def _fetch(plan: Plan, out: Path, keep: bool, console: Console) -> None:
             try:
                 found = unpack(files[0], unpacked, archive.folder, lambda n: update(min(round(n / _MB), total), total))
             except ArchiveError as error:
-                raise FetchFailed(f"{files[0]}: {error}") from None
+                if files[0].parent == out:
+                    raise InputError(f"{files[0]}: {error}; move it away to fetch it anew") from None
+                files[0].unlink()
+                raise FetchFailed(
+                    f"{plan.sources[0].file.uri}: {error}. It is deleted; the same command fetches it anew"
+                ) from None
         left_out = found.left_out
     else:
         (unpacked / archive.folder).mkdir(parents=True)
@@ -251,11 +259,8 @@ def _fetch(plan: Plan, out: Path, keep: bool, console: Console) -> None:
     os.replace(unpacked / archive.folder, out / archive.folder)
     if left_out:
         _say(console, f"  left out, beside {archive.folder}/: {', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}", "yellow")  # fmt: skip
-    for source, path in zip(plan.sources, files, strict=True):
-        if keep and path.is_file() and path.parent != out:
-            os.replace(path, out / source.name)
-        elif not keep and path.parent != out:
-            path.unlink(missing_ok=True)
+    if keep and archive.zipped and files[0].parent != out:
+        os.replace(files[0], out / plan.sources[0].name)
     shutil.rmtree(work)
 
 

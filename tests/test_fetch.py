@@ -141,20 +141,20 @@ def test_fetched_checked_unpacked_and_not_again(hub, copernicus, cloud, tmp_path
 
 
 def test_a_kept_zip_is_taken_again(hub, copernicus, cloud, cloud_zip, tmp_path):
-    copernicus("data", "fetch", "cloud_s3", "--out", str(tmp_path), "--keep")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cloud_s3", "cloud_s3.zip"]
+    copernicus("data", "fetch", "cloud_s3", "lcz_s2", "--out", str(tmp_path), "--keep")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cloud_s3", "cloud_s3.zip", "lcz_s1s2"]
     assert (tmp_path / "cloud_s3.zip").read_bytes() == cloud_zip
     shutil.rmtree(tmp_path / "cloud_s3")
     hub.behind.clear()
     copernicus("data", "fetch", "cloud_s3", "--out", str(tmp_path))
-    assert hub.behind.sent() < 100
+    assert hub.behind.sent() < 70_000  # of the zip only its directory
     assert tree(tmp_path / "cloud_s3") == tree(cloud)
     assert (tmp_path / "cloud_s3.zip").read_bytes() == cloud_zip  # it is the user's
     shutil.rmtree(tmp_path / "cloud_s3")
-    (tmp_path / "cloud_s3.zip").write_bytes(cloud_zip[:-1000] + bytes(1000))
-    output = copernicus("data", "fetch", "cloud_s3", "--out", str(tmp_path), code=1)
-    assert "cloud_s3.zip" in output
-    (tmp_path / "cloud_s3.zip").write_bytes(cloud_zip[:400] + b"x" + cloud_zip[401:])
+    for spoiled in (cloud_zip[:-1000] + bytes(1000), cloud_zip[:-1000]):
+        (tmp_path / "cloud_s3.zip").write_bytes(spoiled)
+        output = copernicus("data", "fetch", "cloud_s3", "--out", str(tmp_path), code=2)
+        assert "cloud_s3.zip is there, but it" in output
     assert "move it away" in copernicus("data", "fetch", "cloud_s3", "--out", str(tmp_path), code=2)
 
 
@@ -277,7 +277,7 @@ def test_killed_while_unpacking(hub, copernicus, cloud, tmp_path, monkeypatch):
     assert not (tmp_path / "cloud_s3").exists()
     hub.behind.clear()
     copernicus("data", "fetch", "cloud_s3", "--out", str(tmp_path))
-    assert hub.behind.sent() < 100
+    assert hub.behind.sent() < 70_000  # of the zip only its directory
     assert tree(tmp_path / "cloud_s3") == tree(cloud)
 
 
@@ -297,6 +297,19 @@ def test_a_wrong_checksum(hub, copernicus, cloud, tmp_path, monkeypatch, which):
         assert tree(tmp_path / "cloud_s3") == tree(cloud)
 
 
+def test_a_damaged_zip_of_which_no_checksum_is_known(hub, copernicus, cloud, cloud_zip, tmp_path):
+    hub.told[CLOUD] = "of some other kind"
+    hub.files[CLOUD] = cloud_zip[:2000] + bytes(50) + cloud_zip[2050:]
+    arguments = ("data", "fetch", "cloud_s3", "--out", str(tmp_path), "--revision", "main")
+    output = copernicus(*arguments, code=1)
+    assert "not checked" in output
+    assert "is damaged" in output
+    assert not (tmp_path / "cloud_s3").exists()
+    hub.files[CLOUD] = cloud_zip  # of the same size and, for all that is told, the same file
+    copernicus(*arguments)
+    assert tree(tmp_path / "cloud_s3") == tree(cloud)
+
+
 def test_no_such_file_or_access(hub, copernicus, tmp_path):
     out = tmp_path / "bench"
     assert "eurosat_s2.zip" in copernicus("data", "fetch", "eurosat_s2", "--out", str(out), code=2)
@@ -312,7 +325,8 @@ def test_nobody_answers(hub, copernicus, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(handles, "_process", None)
     output = copernicus("data", "fetch", "cloud_s3", "--out", str(tmp_path / "bench"), code=1)
-    assert f"{port}" in output
+    assert f"http://127.0.0.1:{port} did not give l1_cloud_s3/cloud_s3.zip" in output
+    assert "HF_ENDPOINT" in output
     assert "goes on where it stopped" in output
 
 

@@ -251,7 +251,7 @@ def _open(
         return
     listing = None if task.listing is None else _Listed(tuple(entries))
     try:
-        yield dataclasses.replace(task, listing=listing).open(folder, split), entries
+        yield dataclasses.replace(task, listing=listing).open(folder, split, image_size=_near_stored(task)), entries
     except InputError as error:
         if len(entries) == 1:
             yield error, entries
@@ -259,6 +259,12 @@ def _open(
         half = len(entries) // 2
         yield from _open(task, folder, split, entries[:half])
         yield from _open(task, folder, split, entries[half:])
+
+
+def _near_stored(task: Task) -> int:
+    """A size for which little is resized: that costs more than all checks."""
+    kernel = task.sensor.patch_kernel
+    return max(kernel, task.stored_size // kernel * kernel)
 
 
 def _not_opened(task: Task, entry: Entry) -> str:
