@@ -33,8 +33,8 @@ class ProbeSettings:
     """How a head is trained. ``for_task`` gives the benchmark's own settings.
 
     Attributes:
-        head: for dense tasks: ``upernet``, as published, which wants a GPU (of a base encoder a step takes about half a
-            minute on a CPU core); or ``light``, a few convolutions on the token grid, for laptops.
+        head: for dense tasks: ``upernet``, as published, which wants a GPU (on a base encoder's features a step of 16
+            images takes a CPU core about a minute); or ``light``, a few convolutions on the token grid, for laptops.
         channels: width of the UPerNet; 512 as published.
 
     Raises:

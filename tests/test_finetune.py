@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -228,11 +229,9 @@ def test_refusals(bench):
 
 
 def test_settings_are_the_published_supervised_ones():
-    @dataclasses.dataclass(frozen=True)
-    class Supervised(type(EUROSAT)):
-        supervised: object = None
-
-    fields = {f.name: getattr(EUROSAT, f.name) for f in dataclasses.fields(EUROSAT) if f.name != "supervised"}
-    task = Supervised(**fields, supervised=type(EUROSAT.probe)(lr=0.01, batch_size=64))
-    assert FinetuneSettings.for_task(task) == FinetuneSettings(0.01, 50, 64, 1e-4)
+    supervised = dataclasses.replace(EUROSAT.probe, lr=0.01, batch_size=32)
+    task = types.SimpleNamespace(probe=EUROSAT.probe, supervised=supervised, dense=False)
+    assert FinetuneSettings.for_task(task) == FinetuneSettings(0.01, 50, 32, 1e-4)
     assert FinetuneSettings.for_task(task, lr=0.2, blocks=3.0).blocks == 3
+    task = types.SimpleNamespace(probe=EUROSAT.probe, supervised=supervised, dense=True)
+    assert FinetuneSettings.for_task(task).weight_decay == 1e-2  # torch's own, of AdamW

@@ -9,8 +9,10 @@ import pytest
 import torch
 from bench_encoders import BandMeans, GridEncoder
 from bench_files import write_cloud, write_flood, write_no2
+from evaluation_parts import LABELS
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -67,6 +69,24 @@ def test_linear_probe_on_the_real_subset(tmp_path):
     reference = sklearn_accuracy(features, "val")
     assert result.val["oa"] == pytest.approx(reference, abs=7.5)  # three of forty images
     assert result.samples == {"train": 120, "val": 40, "test": 40}
+
+
+def test_labels_are_learned_as_one_regression_per_label_learns_them():
+    rng = np.random.default_rng(4)
+    centres, splits = rng.normal(size=(6, 12)), {}
+    for name, count in {"train": 500, "val": 200, "test": 500}.items():
+        target = (rng.random((count, 6)) < 0.3).astype(np.int64)
+        z = (target @ centres + rng.normal(scale=1.5, size=(count, 12))) * np.logspace(-2, 2, 12)
+        splits[name] = SplitFeatures((z[None].astype(np.float32),), target, tuple(map(str, range(count))))
+    settings = ProbeSettings.for_task(LABELS, lr=1.0, epochs=20)
+    result = run_probe(TaskFeatures("labels", splits), LABELS, settings, seed=0)
+    train, test = splits["train"], splits["test"]
+    model = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression()))
+    model.fit(train.levels[0][0], train.targets)
+    expected = average_precision_score(test.targets, model.predict_proba(test.levels[0][0]), average="micro")
+    assert 0.5 < expected < 0.9
+    assert result.test["map"] == pytest.approx(100 * expected, abs=2)
+    assert result.confusion is None
 
 
 def test_one_seed_one_result_and_the_global_random_state_stays():
