@@ -191,9 +191,7 @@ def encode_splits(
             yield number
     if not batches:
         return
-    run = (
-        _with_ray(pool, encoder, jobs, precision, batches) if pool.workers else _here(encoder, jobs, precision, batches)
-    )
+    run = (_with_ray if pool.workers else _here)(pool, encoder, jobs, precision, batches)
     with contextlib.closing(run):
         for number, chunk in run:
             chunks[number].append(chunk)
@@ -234,7 +232,8 @@ def _with_ray(pool: Pool, encoder: Any, jobs: Sequence[Job], precision: Precisio
     from copernicus.platform.stream import quiet_context
 
     pool.check()
-    quiet_context()
+    # What a worker raises arrives as it is: wrapped in Ray Data's own exception it would have lost its type.
+    quiet_context().raise_original_map_exception = True
     device = "cuda" if pool.gpus_per_worker else "cpu"
     # An encoder on this process's GPU would be unpickled onto one there.
     reference = ray.put(copy.deepcopy(encoder).cpu())
