@@ -1,8 +1,8 @@
 """Encoding splits into entries of the feature store: batches of sample numbers, each read, encoded and written to its
 place by a pool of Ray Data actors, or by the same object in this process.
 
-What a batch holds is the same whoever encodes it, so the number of actors does not change a feature. Two calls at a time
-run in each actor: one reads its images while the other has the encoder.
+What a batch holds is the same whoever encodes it, so the number of actors does not change a feature. Several
+calls at a time run in each actor: one has the encoder, and on each of its CPUs one reads images meanwhile.
 
 Shapes: F flips, B batch.
 """
@@ -29,9 +29,6 @@ from copernicus.datasets.sensors import InputError
 from copernicus.models.encoder import Encoder
 from copernicus.platform.encoding import FLIPS, Precision, collate, flipped, stored_features, stored_targets
 from copernicus.platform.feature_store import Chunk, Writer, finish, missing, resume
-
-CALLS = 2
-"""Batches that an actor has in hand: one is read while the other is encoded."""
 
 Progress = Callable[[str, int, int], None]  # split, samples done, samples in all
 
@@ -79,6 +76,11 @@ class Pool:
     workers: int = 0
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+
+    @property
+    def calls(self) -> int:
+        """Batches that a worker has in hand: one that is encoded, and on each of its CPUs one that is read."""
+        return 1 + max(1, int(self.cpus_per_worker))
 
     def check(self) -> None:
         """Refuse a pool that no node of the cluster could ever hold one actor of: Ray would wait for it forever.
@@ -189,9 +191,7 @@ def encode_splits(
             yield number
     if not batches:
         return
-    run = (
-        _with_ray(pool, encoder, jobs, precision, batches) if pool.workers else _here(encoder, jobs, precision, batches)
-    )
+    run = (_with_ray if pool.workers else _here)(pool, encoder, jobs, precision, batches)
     with contextlib.closing(run):
         for number, chunk in run:
             chunks[number].append(chunk)
@@ -208,12 +208,12 @@ Batches: TypeAlias = Sequence[tuple[int, int, int]]  # job, first sample, the on
 Done: TypeAlias = Generator[tuple[int, Chunk], None, None]
 
 
-def _here(encoder: Encoder, jobs: Sequence[Job], precision: Precision, batches: Batches) -> Done:
+def _here(pool: Pool, encoder: Encoder, jobs: Sequence[Job], precision: Precision, batches: Batches) -> Done:
     worker = BatchEncoder(encoder, jobs, precision)
     rows = (dict(zip(("job", "start", "stop"), np.array(batch)[:, None], strict=True)) for batch in batches)
-    with ThreadPoolExecutor(CALLS) as executor:
+    with ThreadPoolExecutor(pool.calls) as executor:
         # No more than what an actor has in hand: all batches at once would be read ahead of the encoder.
-        running = [executor.submit(worker, row) for row in itertools.islice(rows, CALLS)]
+        running = [executor.submit(worker, row) for row in itertools.islice(rows, pool.calls)]
         try:
             while running:
                 result = running.pop(0).result()
@@ -232,7 +232,8 @@ def _with_ray(pool: Pool, encoder: Any, jobs: Sequence[Job], precision: Precisio
     from copernicus.platform.stream import quiet_context
 
     pool.check()
-    quiet_context()
+    # What a worker raises arrives as it is: wrapped in Ray Data's own exception it would have lost its type.
+    quiet_context().raise_original_map_exception = True
     device = "cuda" if pool.gpus_per_worker else "cpu"
     # An encoder on this process's GPU would be unpickled onto one there.
     reference = ray.put(copy.deepcopy(encoder).cpu())
@@ -245,8 +246,8 @@ def _with_ray(pool: Pool, encoder: Any, jobs: Sequence[Job], precision: Precisio
         fn_constructor_args=(reference, jobs, precision, device, max(1, int(pool.cpus_per_worker))),
         compute=ActorPoolStrategy(
             size=min(pool.workers, len(batches)),
-            max_concurrent_calls_per_actor=CALLS,
-            max_tasks_in_flight_per_actor=2 * CALLS,
+            max_concurrent_calls_per_actor=pool.calls,
+            max_tasks_in_flight_per_actor=2 * pool.calls,
             enable_true_multi_threading=True,
         ),
         num_cpus=pool.cpus_per_worker,

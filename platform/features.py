@@ -207,8 +207,7 @@ def encode_task(
         }
         pool = Pool(workers, cpus_per_worker, gpus_per_worker)
         ids = {split: dataset.ids for split, dataset in datasets.items()}
-        _encode_into(places, jobs, ids, encoder, precision, batch_size, pool, progress)
-        opened |= {split: open_entry(entries[split]) for split in missing}
+        opened |= _encode_into(places, jobs, ids, encoder, precision, batch_size, pool, progress)
         evict(cache, limit)
     splits: dict[str, Split] = {s: _features(opened[s]) if s in opened else live[s] for s in SPLITS}
     folders = {split: entry for split, entry in entries.items() if split in opened}
@@ -224,20 +223,26 @@ def _encode_into(
     batch_size: int,
     pool: Pool,
     progress: Progress | None,
-) -> None:
-    """Make the entries that no other process makes meanwhile; each is in its place as soon as its split is done."""
+) -> dict[str, Opened]:
+    """Make the entries that no other process makes meanwhile; each is in its place, and open, once its split is done."""
+    opened: dict[str, Opened] = {}
     with contextlib.ExitStack() as stack:
         held: dict[str, contextlib.ExitStack] = {}
         begun: list[Job] = []
         for split, place in places.items():  # always in the same order: two processes never wait for each other
             own = stack.enter_context(contextlib.ExitStack())
             partial = own.enter_context(writing(place))
-            if partial is not None:
+            if partial is None:
+                opened[split] = open_entry(place)
+            else:
                 held[split] = own
                 begun.append(dataclasses.replace(jobs[split], folder=str(partial)))
         names = [ids[job.split] for job in begun]
         for number in encode_splits(encoder, begun, names, precision, batch_size, pool, progress):
-            held[begun[number].split].close()
+            split = begun[number].split
+            held[split].close()
+            opened[split] = open_entry(places[split])
+    return opened
 
 
 def load_features(entry: str | Path) -> SplitFeatures:

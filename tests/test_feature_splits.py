@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def test_pooled_features_of_a_vit_are_equal_up_to_rounding_cached_and_live(bench
     assert live.ids == cached.ids
     assert (live.flips, live.dims, len(live)) == (cached.flips, cached.dims, len(cached)) == (4, (192,), 21)
     assert np.array_equal(live.targets, cached.targets)
+    live = pickle.loads(pickle.dumps(live))  # as a trial of another process gets it
     rng = np.random.default_rng(0)
     for batch in (4, 5, 21):
         index, flips = rng.permutation(21)[:batch], rng.integers(4, size=batch)
@@ -264,6 +266,19 @@ def test_who_waits_goes_on_with_what_a_killed_process_had_encoded(bench, tmp_pat
     for split in features.splits:
         np.testing.assert_array_equal(features.splits[split].levels[0], reference.splits[split].levels[0])
     assert sorted(n.split("-")[0] for n in os.listdir(tmp_path / "c/eurosat_s2")) == ["test", "train", "val"]
+
+
+def test_what_the_dense_benchmark_counts(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    from dense_cache import Measured, count
+
+    # 10 + 5 samples an epoch, 4 x 10 + 5 + 6 to keep; a sample takes 2 s to encode, 0.5 s to load, 3 MB.
+    counted = count(Measured(2.0, 0.5, 0.1, 3_000_000), (10, 5, 6), epochs=100)
+    assert counted.gb == pytest.approx(51 * 0.003)
+    assert counted.once == pytest.approx(102 / 3600)
+    assert (counted.load, counted.again) == (pytest.approx(750 / 3600), pytest.approx(3000 / 3600))
+    assert counted.pays == pytest.approx(102 / 22.5)  # each epoch saves 15 x 1.5 s
+    assert count(Measured(0.4, 0.5, 0.1, 3_000_000), (10, 5, 6), epochs=100).pays == float("inf")
 
 
 @pytest.fixture(scope="module")

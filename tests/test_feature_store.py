@@ -133,11 +133,11 @@ def test_killed_writers_leave_no_torn_entry_and_their_work_is_kept(entry):
     assert os.listdir(entry.parent) == [entry.name]
 
 
-def journaled(entry: Path) -> list[str]:
-    lines = []
+def journaled(entry: Path) -> set[str]:
+    lines = set()
     for path in entry.parent.glob(".*.partial/journal-*"):
         try:
-            lines += path.read_text().splitlines()
+            lines.update(path.read_text().splitlines())
         except FileNotFoundError:  # the writer puts several together
             continue
     return lines
