@@ -112,7 +112,9 @@ def aggregate_note(found: Aggregates) -> str:
         )
     bounded = not math.isnan(found.rows[0].rank.low)
     said += (
-        "Intervals: 95 %, runs resampled within each task." if bounded else "No intervals: cells with a single seed."
+        "Intervals: 95 %, runs resampled within each task."
+        if bounded
+        else "No interval of ranks: cells with a single seed."
     )
     return " ".join([said, *(f"{line}." for line in found.left_out)])
 
@@ -133,7 +135,7 @@ def pair_note(found: Sequence[Pair]) -> str:
 
 TASK_PAIR_NOTE = (
     "First less second, over the seeds that both have, in the metric's units; p: paired t test, two-sided; Holm: corrected for "
-    "all rows. A dash: too few seeds, or scores that do not vary. Seeds vary heads, orders and flips, not pretraining or data."
+    "all rows. A dash: too few seeds, or scores that do not vary. A closed form's one score stands for every seed. Seeds vary heads, orders and flips, not pretraining or data."
 )
 
 
