@@ -114,6 +114,7 @@ class Pair:
     better: int  # tasks on which a's mean is the better one, by however little
     worse: int
     difference: float  # mean over tasks of a's normalised score less b's; NaN: no task has anchors
+    tested: int  # tasks with anchors, which the difference and p are over
     p: float  # Wilcoxon's signed-rank test over tasks, on normalised differences
     p_holm: float  # corrected for all pairs of encoders
     improvement: Estimate  # that a run of a beats one of b, mean over tasks
@@ -151,6 +152,7 @@ def pairs(board: Leaderboard) -> list[Pair]:
                 sum(gain > 0 for gain in means),
                 sum(gain < 0 for gain in means),
                 float(np.mean(scaled)) if scaled else math.nan,
+                len(scaled),
                 signed_rank(scaled),
                 math.nan,
                 _improvement(board, tasks, a, b),

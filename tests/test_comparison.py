@@ -113,6 +113,12 @@ def test_tasks_without_published_figures_count_in_ranks_only(monkeypatch):
     assert [t.name for t in found.normalised] == ["cloud_s3", "eurosat_s2", "aq_no2_s5p"]
     assert len(found.tasks) == 4
     assert found.left_out == ("Flood-S1 counts in ranks only: no published figures to normalise by",)
+    compared = pairs(board(VALUES))
+    assert {(p.tasks, p.tested) for p in compared} == {(4, 3)}
+    assert "With 3 tasks no p can be below 0.25" in pair_note(compared)
+    (alone,) = pairs(board({("flood_s1", "a"): [1.0, 2.0], ("flood_s1", "b"): [3.0, 4.0]}))
+    assert math.isnan(alone.p)
+    assert "no p" in pair_note([alone])
 
 
 def test_pairs_over_tasks_equal_scipys_tests_and_plain_loops():
