@@ -58,8 +58,8 @@ def aggregate(board: Leaderboard) -> Aggregates:
     """Interquartile mean, mean normalised score and mean rank, over the tasks that all compared encoders have.
 
     Intervals are of a bootstrap stratified by task (arXiv 2108.13264): the runs of each cell are resampled, the tasks are
-    not, so that they tell how another set of seeds would come out, not another set of tasks. A cell with one seed does not
-    vary: then no interval is given.
+    not, so that they tell how another set of seeds would come out, not another set of tasks. How the score of a cell with one
+    seed would vary is unknown, and then no interval is given; that of a closed form does not.
     """
     encoders = [e for e in board.encoders if any(board.values(t.name, e) for t in board.tasks)]
     tasks = [t for t in board.tasks if encoders and all(board.values(t.name, e) for e in encoders)]
@@ -82,14 +82,14 @@ def aggregate(board: Leaderboard) -> Aggregates:
         [[sign[t.name] * board.replicas[t.name, e].mean(-1) for e in encoders] for t in tasks]
     ).transpose(2, 0, 1)
     rank_E, rank_RE = ranks(means_TE).mean(0), ranks(replicas_RTE).mean(1)
-    varies = all(len(board.values(t.name, e)) > 1 for t in tasks for e in encoders)
+    varies = all(board.varies(t.name, e) for t in tasks for e in encoders)
     rows = []
     for i, encoder in enumerate(encoders):
         iqm = mean = None
         if scaled:
             pieces_N = [normalise(t, np.array(board.values(t.name, encoder))) for t in scaled]
             pieces_RN = [normalise(t, board.replicas[t.name, encoder]) for t in scaled]
-            bounded = all(len(piece) > 1 for piece in pieces_N)
+            bounded = all(board.varies(t.name, encoder) for t in scaled)
             iqm = _estimate(
                 interquartile_mean(np.concatenate(pieces_N)),
                 interquartile_mean(np.concatenate(pieces_RN, axis=-1)),
@@ -114,6 +114,7 @@ class Pair:
     better: int  # tasks on which a's mean is the better one, by however little
     worse: int
     difference: float  # mean over tasks of a's normalised score less b's; NaN: no task has anchors
+    tested: int  # tasks with anchors, which the difference and p are over
     p: float  # Wilcoxon's signed-rank test over tasks, on normalised differences
     p_holm: float  # corrected for all pairs of encoders
     improvement: Estimate  # that a run of a beats one of b, mean over tasks
@@ -151,6 +152,7 @@ def pairs(board: Leaderboard) -> list[Pair]:
                 sum(gain > 0 for gain in means),
                 sum(gain < 0 for gain in means),
                 float(np.mean(scaled)) if scaled else math.nan,
+                len(scaled),
                 signed_rank(scaled),
                 math.nan,
                 _improvement(board, tasks, a, b),
@@ -160,11 +162,15 @@ def pairs(board: Leaderboard) -> list[Pair]:
 
 
 def task_pairs(board: Leaderboard) -> list[TaskPair]:
-    """Every two encoders on every task, where they share a seed."""
+    """Every two encoders on every task, where they share a seed; a closed form's score stands for every seed."""
     found = []
     for task in board.tasks:
         for a, b in itertools.combinations(board.encoders, 2):
             x, y = ({s.seed: s.test for s in board.cell(task.name, e)} for e in (a, b))
+            if x and y and board.fixed(task.name, a):
+                x = dict.fromkeys(y, *x.values())
+            elif x and y and board.fixed(task.name, b):
+                y = dict.fromkeys(x, *y.values())
             differences = [x[seed] - y[seed] for seed in x if seed in y]
             if differences:
                 mean = math.fsum(differences) / len(differences)
@@ -194,7 +200,7 @@ def _improvement(board: Leaderboard, tasks: list[Task], a: str, b: str) -> Estim
         values = [improvement(*((of(t, e) if t.higher_is_better else -of(t, e)) for e in (a, b))) for t in tasks]
         return np.mean(values, axis=0)
 
-    varies = all(len(board.values(t.name, e)) > 1 for t in tasks for e in (a, b))
+    varies = all(board.varies(t.name, e) for t in tasks for e in (a, b))
     value = mean(lambda task, encoder: np.array(board.values(task.name, encoder)))
     return _estimate(value, mean(lambda task, encoder: board.replicas[task.name, encoder]) if varies else None, varies)
 

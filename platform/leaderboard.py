@@ -14,6 +14,7 @@ import numpy as np
 from copernicus.datasets.bench.task import Task
 from copernicus.datasets.bench.tasks import get_task
 from copernicus.datasets.sensors import InputError
+from copernicus.platform.experiment import QUICK
 from copernicus.platform.statistics import COVERAGE, Summary, resample, summarise
 
 if TYPE_CHECKING:
@@ -163,9 +164,19 @@ class Leaderboard:
     def leads(self, task: Task, a: str, b: str) -> float:
         """By how much a's mean is better than b's, less the larger of both deviations over seeds; NaN: cannot be told."""
         x, y = self.summary(task.name, a), self.summary(task.name, b)
-        if x is None or y is None or x.n < 2 or y.n < 2:
+        if x is None or y is None or not (self.varies(task.name, a) and self.varies(task.name, b)):
             return math.nan
-        return (x.mean - y.mean) * (1 if task.higher_is_better else -1) - max(x.std, y.std)
+        deviation = max(s.std if s.n > 1 else 0.0 for s in (x, y))
+        return (x.mean - y.mean) * (1 if task.higher_is_better else -1) - deviation
+
+    def fixed(self, task: str, encoder: str) -> bool:
+        """Whether the cell's one score is of a closed form: no seed would have changed it."""
+        scores = self.cell(task, encoder)
+        return len(scores) == 1 and scores[0].protocol in QUICK
+
+    def varies(self, task: str, encoder: str) -> bool:
+        """Whether it is known how the cell's score varies with the seed: of several, or not at all."""
+        return len(self.cell(task, encoder)) > 1 or self.fixed(task, encoder)
 
     def best(self, task: Task) -> str | None:
         """The encoder whose lead over every other that has scores exceeds both deviations; else, or alone, None."""
@@ -216,9 +227,12 @@ class Leaderboard:
     def caption(self) -> str:
         counts = sorted({s.n for s in self._summaries.values()})
         seeds = "-".join(map(str, counts[:1] + counts[-1:] if len(counts) > 1 else counts))
+        closed = ""
+        if any(self.fixed(*cell) for cell in self._by_cell):
+            closed = f"{', '.join(QUICK)} depend on no seed: one run, without a deviation. "
         return (
             f"Test split, mean ± standard deviation over {seeds or 'no'} seed{'' if counts == [1] else 's'}"
-            f"{', [95 % bootstrap interval of the mean]' if counts[-1:] > [1] else ''}. {interval_note(counts)}"
+            f"{', [95 % bootstrap interval of the mean]' if counts[-1:] > [1] else ''}. {interval_note(counts)}{closed}"
             "* leads every other encoder by more than either deviation. "
             "Published figures (arXiv 2503.11849) are of the full benchmark and the base model."
         )

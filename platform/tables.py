@@ -112,7 +112,9 @@ def aggregate_note(found: Aggregates) -> str:
         )
     bounded = not math.isnan(found.rows[0].rank.low)
     said += (
-        "Intervals: 95 %, runs resampled within each task." if bounded else "No intervals: cells with a single seed."
+        "Intervals: 95 %, runs resampled within each task."
+        if bounded
+        else "No interval of ranks: cells with a single seed."
     )
     return " ".join([said, *(f"{line}." for line in found.left_out)])
 
@@ -121,19 +123,22 @@ def pair_note(found: Sequence[Pair]) -> str:
     """What the test over tasks can and cannot show."""
     if not found:
         return ""
-    tasks = max(p.tasks for p in found)
+    tasks = max(p.tested for p in found)
     least = 2.0 ** (1 - tasks)
-    return (
+    said = (
         "First less second, over tasks: mean difference of normalised scores; P(improvement): that a run of the first beats "
-        "one of the second, mean over tasks; p: Wilcoxon's signed-rank test, two-sided, exact; Holm: corrected for all pairs. "
-        f"With {tasks} task{'s' if tasks > 1 else ''} no p can be below {least:.2g}."
-        + (" That is too few for any difference to be significant at 0.05." if least > 0.05 else "")
+        "one of the second, mean over tasks; p: Wilcoxon's signed-rank test, two-sided, exact; Holm: corrected for all pairs."
+    )
+    if not tasks:
+        return f"{said} No task has published figures to normalise by, hence no difference and no p."
+    return f"{said} With {tasks} task{'s' if tasks > 1 else ''} no p can be below {least:.2g}." + (
+        " That is too few for any difference to be significant at 0.05." if least > 0.05 else ""
     )
 
 
 TASK_PAIR_NOTE = (
     "First less second, over the seeds that both have, in the metric's units; p: paired t test, two-sided; Holm: corrected for "
-    "all rows. A dash: too few seeds, or scores that do not vary. Seeds vary heads, orders and flips, not pretraining or data."
+    "all rows. A dash: too few seeds, or scores that do not vary. A closed form's one score stands for every seed. Seeds vary heads, orders and flips, not pretraining or data."
 )
 
 

@@ -164,48 +164,57 @@ def _read_sweep(client: MlflowClient, experiments: list[str], sweep: SweepRuns) 
     notes: list[str] = []
     planned = _planned(sweep, notes)
     failures = _failures(sweep, planned)
+    scores: dict[tuple[str, str, int], Score] = {}
+    doubled, endless = [], []
+    for runs in _trials(client, experiments, sweep).values():
+        finished = sorted((r for r in runs if r.info.status == FINISHED), key=_ended, reverse=True)
+        run = finished[0] if finished else runs[0]
+        tags, id_ = run.data.tags, run.info.run_id
+        try:
+            key = tags["task"], tags["encoder"], int(tags["seed"])
+        except (KeyError, ValueError):
+            notes.append(f"run {id_} lacks a task, an encoder or a seed among its tags and is left out")
+            continue
+        name = f"{key[0]} / {key[1]}, seed {key[2]}"
+        if not finished:
+            endless.append((key, run))
+        elif (score := _score(client, run, *key)) is None:
+            notes.append(f"run {id_} ({name}) has no test score and is left out")
+        elif key in scores:
+            raise InputError(f"runs {scores[key].run_id} and {id_} of {sweep} are both of {name}: delete one of them")
+        else:
+            scores[key] = score
+            if len(finished) > 1:
+                doubled.append(name)
+    states = Counter[str]()
+    for key, run in endless:
+        if key not in scores:  # a trial that failed may have been run again, as another one
+            states[run.info.status] += 1
+            if run.info.status == FAILED:
+                failures.setdefault(key[:2], run.data.tags.get("error", ""))
+    if doubled:
+        more = f" and {len(doubled) - 5} more" if len(doubled) > 5 else ""
+        notes.append(
+            f"finished more than once, of which the run that ended last counts: {'; '.join(sorted(doubled)[:5])}{more}"
+        )
+    if states:
+        said = ", ".join(f"{n} {status}" for status, n in sorted(states.items()))
+        notes.append(f"final runs without a score, which count as missing: {said}")
+    order = {cell: i for i, cell in enumerate(planned)}
+    ordered = sorted(scores, key=lambda key: (order.get(key[:2], len(order)), key))
+    return Leaderboard(tuple(scores[key] for key in ordered), planned, failures, tuple(notes))
+
+
+def _trials(client: MlflowClient, experiments: list[str], sweep: SweepRuns) -> dict[str, list[Run]]:
+    """The final runs of a sweep, by the key of their trial."""
     trials: dict[str, list[Run]] = {}
     query = "tags.kind = 'trial' and tags.role = 'final'"
     if "'" not in sweep.id:  # it would end the query's string
         query += f" and tags.sweep_id = '{sweep.id}'"
     for run in _search(client, experiments, query):
-        tags = run.data.tags
-        if tags.get("sweep_id") == sweep.id:
-            trials.setdefault(tags.get("trial_key", run.info.run_id), []).append(run)
-    scores, doubled, unfinished = [], [], Counter[str]()
-    for runs in trials.values():
-        finished = sorted((r for r in runs if r.info.status == FINISHED), key=_ended, reverse=True)
-        tags = runs[0].data.tags
-        try:
-            task, encoder, seed = tags["task"], tags["encoder"], int(tags["seed"])
-        except (KeyError, ValueError):
-            notes.append(f"run {runs[0].info.run_id} lacks a task, an encoder or a seed among its tags and is left out")
-            continue
-        if not finished:
-            unfinished[runs[0].info.status] += 1
-            if runs[0].info.status == FAILED:
-                failures.setdefault((task, encoder), tags.get("error", ""))
-            continue
-        if len(finished) > 1:
-            doubled.append(f"{task} / {encoder} seed {seed}")
-        score = _score(client, finished[0], task, encoder, seed)
-        if score is None:
-            notes.append(
-                f"run {finished[0].info.run_id} ({task} / {encoder}, seed {seed}) has no test score and is left out"
-            )
-        else:
-            scores.append(score)
-    if doubled:
-        more = f" and {len(doubled) - 5} more" if len(doubled) > 5 else ""
-        notes.append(
-            f"finished more than once, of which the run that ended last counts: {', '.join(sorted(doubled)[:5])}{more}"
-        )
-    if unfinished:
-        states = ", ".join(f"{n} {status}" for status, n in sorted(unfinished.items()))
-        notes.append(f"final runs without an end, which count as missing: {states}")
-    order = {cell: i for i, cell in enumerate(planned)}
-    scores.sort(key=lambda s: (order.get((s.task, s.encoder), len(order)), s.task, s.encoder, s.seed))
-    return Leaderboard(tuple(scores), planned, failures, tuple(notes))
+        if run.data.tags.get("sweep_id") == sweep.id:
+            trials.setdefault(run.data.tags.get("trial_key", run.info.run_id), []).append(run)
+    return trials
 
 
 def _ended(run: Run) -> tuple[int, int]:

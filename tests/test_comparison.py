@@ -113,6 +113,12 @@ def test_tasks_without_published_figures_count_in_ranks_only(monkeypatch):
     assert [t.name for t in found.normalised] == ["cloud_s3", "eurosat_s2", "aq_no2_s5p"]
     assert len(found.tasks) == 4
     assert found.left_out == ("Flood-S1 counts in ranks only: no published figures to normalise by",)
+    compared = pairs(board(VALUES))
+    assert {(p.tasks, p.tested) for p in compared} == {(4, 3)}
+    assert "With 3 tasks no p can be below 0.25" in pair_note(compared)
+    (alone,) = pairs(board({("flood_s1", "a"): [1.0, 2.0], ("flood_s1", "b"): [3.0, 4.0]}))
+    assert math.isnan(alone.p)
+    assert "no p" in pair_note([alone])
 
 
 def test_pairs_over_tasks_equal_scipys_tests_and_plain_loops():
@@ -157,3 +163,22 @@ def test_a_clear_winner_over_few_seeds_is_found_on_a_task_and_noise_is_not():
         null = board({("eurosat_s2", e): list(map(float, rng.normal(size=3))) for e in "ab"})
         false += task_pairs(null)[0].p < 0.05
     assert false / 300 == pytest.approx(0.05, abs=0.04)
+
+
+def test_the_one_score_of_a_closed_form_is_certain():
+    """Neighbours and ridge depend on no seed: their one score has no deviation, stands for every seed, hides no interval."""
+    trained = [Score("eurosat_s2", "a", s, v, v) for s, v in ((1, 90.0), (2, 91.0), (3, 92.0))]
+    closed = Leaderboard((*trained, Score("eurosat_s2", "b", 1, 95.0, 95.0, protocol="knn")))
+    assert closed.best(TASKS["eurosat_s2"]) == "b"
+    assert closed.wins("b", "a") == 1
+    (p,) = task_pairs(closed)
+    assert (p.seeds, p.difference) == (3, pytest.approx(-4))
+    assert p.p == pytest.approx(stats.ttest_1samp([90, 91, 92], 95).pvalue)
+    low = [r.rank.low for r in aggregate(closed).rows]
+    assert low == [2, 1]
+    assert "depend on no seed" in closed.caption
+    probe = dataclasses.replace(closed, scores=(*trained, Score("eurosat_s2", "b", 1, 95.0, 95.0)))
+    assert probe.best(TASKS["eurosat_s2"]) is None
+    assert math.isnan(task_pairs(probe)[0].p)
+    assert math.isnan(aggregate(probe).rows[0].rank.low)
+    assert "depend on no seed" not in probe.caption

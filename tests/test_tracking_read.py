@@ -132,7 +132,7 @@ def test_deleted_runs_do_not_count_and_unfinished_ones_are_missing(store):
     assert board.status("eurosat_s2", ENCODERS[1]) == ""
     assert board.status("aq_no2_s5p", ENCODERS[1]) == "failed: ValueError: no such luck"
     assert board.status("aq_no2_s5p", "pretrained").startswith("failed: xxx")
-    assert "final runs without an end, which count as missing: 1 FAILED, 1 KILLED, 1 RUNNING" in board.notes
+    assert "final runs without a score, which count as missing: 1 FAILED, 1 KILLED, 1 RUNNING" in board.notes
     assert len(board.scores) == 5
 
 
@@ -146,7 +146,20 @@ def test_of_a_trial_that_finished_twice_the_newest_counts_and_that_is_said(store
     (score,) = [s for s in board.scores if (s.task, s.encoder, s.seed) == (first.task, first.encoder, first.seed)]
     assert (score.test, score.run_id) == (77.0, newer)
     assert len(board.scores) == len(runs)
-    assert [n for n in board.notes if "more than once" in n and "eurosat_s2 / pretrained seed 1" in n]
+    assert [n for n in board.notes if "more than once" in n and "eurosat_s2 / pretrained, seed 1" in n]
+
+
+def test_a_trial_that_failed_and_was_run_again_did_not_fail(store):
+    store.whole("bench", "id-1", expected())
+    parent = store.client.search_runs([store.experiment], "tags.kind = 'sweep'")[0].info.run_id
+    first = expected().scores[0]
+    store.trial(parent, first, "bench", "id-1", status="FAILED", trial_key="the-first-try", error="full disk")
+    _, board = read_mlflow(store.uri)
+    assert bare(board) == list(expected().scores)
+    assert (board.failures, board.notes) == ({}, ())
+    store.trial(parent, dataclasses.replace(first, test=1.0), "bench", "id-1", trial_key="another")
+    with pytest.raises(InputError, match="are both of eurosat_s2 / pretrained, seed 1: delete one"):
+        read_mlflow(store.uri)
 
 
 def test_runs_that_lack_something_are_named(store):
