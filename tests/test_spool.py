@@ -315,6 +315,28 @@ def test_an_answer_that_is_lost_makes_nothing_twice(server, tmp_path, request_pa
         check(MlflowClient(server.uri), tracker.experiment_id, range(3))
 
 
+def test_a_server_that_stood_still_makes_nothing_twice(server, tmp_path, monkeypatch):
+    """Requests that were given up are worked off all the same when it goes on."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    tracker = Tracker(server.uri, "stood still")
+    create, calls = tracker.client.create_run, [0]
+
+    def stopped(*arguments: object) -> object:
+        calls[0] += 1
+        if calls[0] == 2:
+            server.signal(signal.SIGSTOP)
+            threading.Timer(2.5, server.signal, [signal.SIGCONT]).start()
+        return create(*arguments)
+
+    monkeypatch.setattr(tracker.client, "create_run", stopped)
+    with Spool(tracker, tmp_path) as spool:
+        for number in range(4):
+            add(spool, number)
+        assert spool.wait(60)
+    assert calls[0] >= 4
+    check(MlflowClient(server.uri), tracker.experiment_id, range(4))
+
+
 def test_records_that_no_server_takes_are_kept_and_replayed_by_the_next(server, tmp_path):
     said: list[str] = []
     with LossyWay(server.port) as way:
