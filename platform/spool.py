@@ -105,8 +105,8 @@ class Spool:
     """Records in ``folder``, replayed to the tracker's store while the ``with`` block runs; first of all what an earlier
     process left. One process at a time, any of its threads.
 
-    ``patience`` (seconds): how long the end of the block waits for a store that takes nothing. ``on_state(message)`` hears
-    of an outage and of its end, once each, and of every record that MLflow refuses.
+    ``patience`` (seconds): how long the end of the block waits for a store that takes nothing. ``on_state(message)`` hears,
+    from the thread, of an outage and of its end, once each, and of every record that MLflow refuses.
 
     Raises:
         InputError: a file of the spool is damaged.
