@@ -105,8 +105,8 @@ class Spool:
     """Records in ``folder``, replayed to the tracker's store while the ``with`` block runs; first of all what an earlier
     process left. One process at a time, any of its threads.
 
-    ``patience`` (seconds): how long the end of the block waits for a store that takes nothing. ``on_state(message)`` hears
-    of an outage and of its end, once each, and of every record that MLflow refuses.
+    ``patience`` (seconds): how long the end of the block waits for a store that takes nothing. ``on_state(message)`` hears,
+    from the thread, of an outage and of its end, once each, and of every record that MLflow refuses.
 
     Raises:
         InputError: a file of the spool is damaged.
@@ -265,6 +265,7 @@ class Spool:
             try:
                 run_id = run_id or creation()
                 self._fill(run_id, record)
+                creation.settle(run_id)
                 if failures > 1:
                     self.on_state(f"the tracking server answers again; {self.pending} records follow")
                 return {"key": record.key, "run_id": run_id}
@@ -282,8 +283,8 @@ class Spool:
                 failures += 1
                 if failures == 2:  # the first may be no more than a kept connection that the server has closed
                     self.on_state(
-                        f"the tracking server does not take records ({one_line(error)}); {self.pending} are kept in "
-                        f"{self._records.path}; trying again"
+                        f"the tracking server does not take records ({one_line(error)[:100]}); {self.pending} are kept "
+                        f"in {self._records.path}; trying again"
                     )
             with self._changed:
                 if self._changed.wait_for(lambda: self._stopping, pause):

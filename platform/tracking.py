@@ -301,7 +301,7 @@ class Tracker:
         100 runs, the chart those that the page holds: give a ``search`` that finds no more, or press "Load more".
         """
         section = {"uuid": "sweep", "name": "Sweep", "display": True, "isReordered": False, "deleted": False}
-        section |= {"isGenerated": False, "columns": 1, "cardHeight": 480}  # as wide as the page
+        section |= {"isGenerated": False, "columns": 1, "cardHeight": 340}  # as wide as the page
         coordinates = {
             "type": "PARALLEL", "uuid": "coordinates", "metricSectionId": "sweep", "deleted": False, "isGenerated": False,
             "selectedParams": list(parameters), "selectedMetrics": [metric], "showAllRuns": True, "runsCountToCompare": 10,
@@ -345,15 +345,25 @@ class Creation:
         if parent is not None:
             all_tags[PARENT_TAG] = parent
         self.tracker, self.name, self.start_ms, self.begun = tracker, name, start_ms, begun
+        self.doubtful = begun
         self.tags = {clean_name(k): clean_text(v, MAX_TAG) for k, v in all_tags.items()}
 
     def __call__(self) -> str:
         """The run's id."""
-        if self.begun and (made := self.made()):
-            return made[0]
+        if self.begun:
+            self.doubtful = True
+            if made := self.made():
+                return made[0]
         self.begun = True
         client, experiment = self.tracker.client, self.tracker.experiment_id
         return client.create_run(experiment, self.start_ms, self.tags, self.name).info.run_id
+
+    def settle(self, run_id: str) -> None:
+        """Once the run is filled: a server that stood still may have made it late, by a request given up, beside ours."""
+        if self.doubtful:
+            for other in self.made():
+                if other != run_id:
+                    self.tracker.client.delete_run(other)
 
     def made(self) -> list[str]:
         """Ids of the runs that earlier calls made."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from tracking_server import LossyWay, TrackingServer
 
 from copernicus.datasets.sensors import InputError
@@ -313,6 +314,47 @@ def test_an_answer_that_is_lost_makes_nothing_twice(server, tmp_path, request_pa
             assert spool.wait(60)
         assert way.lost == 1
         check(MlflowClient(server.uri), tracker.experiment_id, range(3))
+
+
+def test_a_server_that_stood_still_makes_nothing_twice(server, tmp_path, monkeypatch):
+    """Requests that were given up are worked off all the same when it goes on."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    tracker = Tracker(server.uri, "stood still")
+    create, calls = tracker.client.create_run, [0]
+
+    def stopped(*arguments: object) -> object:
+        calls[0] += 1
+        if calls[0] == 2:
+            server.signal(signal.SIGSTOP)
+            threading.Timer(2.5, server.signal, [signal.SIGCONT]).start()
+        return create(*arguments)
+
+    monkeypatch.setattr(tracker.client, "create_run", stopped)
+    with Spool(tracker, tmp_path) as spool:
+        for number in range(4):
+            add(spool, number)
+        assert spool.wait(60)
+    assert calls[0] >= 4
+    check(MlflowClient(server.uri), tracker.experiment_id, range(4))
+
+
+def test_a_run_that_a_request_given_up_makes_late_goes_again(tracker, tmp_path, monkeypatch):
+    create, calls = tracker.client.create_run, [0]
+
+    def late(*arguments: object) -> object:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise MlflowException("API request failed with timeout exception")
+        if calls[0] == 2:
+            create(*arguments)  # the first request's, after we had looked for it
+        return create(*arguments)
+
+    monkeypatch.setattr(tracker.client, "create_run", late)
+    with Spool(tracker, tmp_path) as spool:
+        for number in range(3):
+            add(spool, number)
+        assert spool.wait(60)
+    check(MlflowClient(tracker.uri), tracker.experiment_id, range(3))
 
 
 def test_records_that_no_server_takes_are_kept_and_replayed_by_the_next(server, tmp_path):
