@@ -178,7 +178,8 @@ def _encode(cell: Cell, settings: Sweep, share: int, emit: Emit) -> TaskFeatures
         return encode_cell(cell, settings, share, progress)
     # One worker is a task like any other: a pool of one would take longer to start than a small task to encode.
     resources = {"num_cpus": settings.cpus_per_trial, "num_gpus": settings.gpus_per_trial}
-    return ray.get(ray.remote(encode_cell).options(**resources).remote(cell, settings, 0, progress))
+    encode: Any = ray.remote(encode_cell)
+    return ray.get(encode.options(**resources).remote(cell, settings, 0, progress))
 
 
 def encode_cell(cell: Cell, settings: Sweep, workers: int = 0, progress: Any = None) -> TaskFeatures:
@@ -250,7 +251,7 @@ def run_trial(
     device = "cuda" if settings.gpus_per_trial else "cpu"
     given = {"epochs": settings.epochs, "head": settings.head}
     given |= {"batch_size": settings.batch_size} if settings.batch_size else {}
-    options = {"test": final, "device": device, "examples": SHOWN if pictures else 0}
+    options: dict[str, Any] = {"test": final, "device": device, "examples": SHOWN if pictures else 0}
     if cell.protocol in QUICK:
         assert features is not None
         result = run_quick(features, task, cell.protocol, seed, test=final)

@@ -55,7 +55,7 @@ class FinetuneSettings(ProbeSettings):
     @classmethod
     def for_task(cls, task: Task, **overrides: Any) -> Any:
         """The settings of the public supervised runs of a task, with some replaced."""
-        published = dataclasses.asdict(getattr(task, "supervised", task.probe))
+        published = dataclasses.asdict(task.supervised)
         return cls(**{**published, "weight_decay": published_weight_decay(task), **overrides})
 
 

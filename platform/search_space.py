@@ -51,7 +51,8 @@ def optuna_search(search: Mapping[str, Space], metric: str, mode: str, seed: int
     def distribution(space: Space) -> Any:
         if space.values:
             return CategoricalDistribution(space.values)
-        return FloatDistribution(space.low, space.high, log=space.log)
+        low, high = _ends(space)
+        return FloatDistribution(low, high, log=space.log)
 
     told = [t for t in done if t.status in (FINISHED, STOPPED)]
     # Another seed after every interruption: the same one would suggest again what it suggested first.
@@ -69,8 +70,11 @@ def optuna_search(search: Mapping[str, Space], metric: str, mode: str, seed: int
 def _draw(space: Space, rng: Any) -> float:
     if space.values:
         return float(space.values[int(rng.integers(len(space.values)))])
+    low, high = _ends(space)
+    return float(math.exp(rng.uniform(math.log(low), math.log(high))) if space.log else rng.uniform(low, high))
+
+
+def _ends(space: Space) -> tuple[float, float]:
     assert space.low is not None
     assert space.high is not None
-    if space.log:
-        return float(math.exp(rng.uniform(math.log(space.low), math.log(space.high))))
-    return float(rng.uniform(space.low, space.high))
+    return space.low, space.high

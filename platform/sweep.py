@@ -169,7 +169,8 @@ class _Pool:
         folder.mkdir(parents=True, exist_ok=True)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # The cell's process only waits: its trials have the CPUs.
-        kind = ray.remote(CellRunner).options(num_cpus=0, scheduling_strategy=here)
+        kind: Any = ray.remote(CellRunner)
+        kind = kind.options(num_cpus=0, scheduling_strategy=here)
         runner = self.idle.pop() if self.idle else kind.remote()
         self.running[runner.run.remote(cell, settings, seed, folder, done, self.share, self.events)] = cell, runner
 
@@ -178,7 +179,7 @@ class _Pool:
         import ray
 
         ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=POLL)
-        ended = []
+        ended: list[tuple[Cell, BaseException | None]] = []
         for ref in ready:
             cell, runner = self.running.pop(ref)
             try:

@@ -184,8 +184,8 @@ def validate(e: Experiment, source: str) -> None:
         exists("sweep.data", s.data)
         if not s.tasks:
             raise wrong("sweep.tasks", f"empty; valid choices: {', '.join(SELECTABLE)}")
-        for i, task in enumerate(s.tasks):
-            choice(f"sweep.tasks[{i}]", task, SELECTABLE)
+        for i, item in enumerate(s.tasks):
+            choice(f"sweep.tasks[{i}]", item, SELECTABLE)
         tasks = [get_task(name) for name in select_tasks(s.tasks)]
         for name, size in s.image_size.items():
             choice(f"sweep.image_size.{name}", name, (*TASKS, *VARIANTS))
