@@ -211,7 +211,7 @@ class Sweep:
         "auto"  # cached, live (encoded again whenever they are used), or auto: cached where they fit cache_gb
     )
     cache: str = "runs/features"
-    cache_gb: Optional[float] = None  # the least recently used features beyond that are removed; none: no limit
+    cache_gb: Optional[float] = 100.0  # the least recently used features beyond that are removed; null: no limit
     max_concurrent: Optional[int] = None  # trials at once; none: as many as the cluster has room for
     cpus_per_trial: float = 1.0
     gpus_per_trial: float = 0.0

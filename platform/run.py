@@ -314,9 +314,7 @@ def _closing(
     run = tracker.find(state.get("run_id"))
     lines = []
     if has_scores:
-        lines.append(
-            ("Leaderboard", f"{short_path(folder / 'leaderboard.md')}, {short_path(folder / 'leaderboard.png')}")
-        )
+        lines.append(("Leaderboard", f"{short_path(folder / 'leaderboard.html')} (open it), .md, .csv, .png beside it"))
     if (folder / "pictures").exists():
         lines.append(("Pictures", f"{short_path(folder / 'pictures')}/"))
     if not tracker.uri.startswith("http"):
