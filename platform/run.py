@@ -29,6 +29,8 @@ from copernicus.platform.tables import terminal
 from copernicus.platform.tracking import Run, Tracker, git_commit, mask
 
 MOST_SHOWN = 20
+MOST_COMPARED = 40
+"""Runs in one address of MLflow's page that compares; terminals and browsers cut off longer ones."""
 
 
 class State:
@@ -322,7 +324,12 @@ def _closing(
         lines.append(("Open MLflow", f"copernicus ui{uri}"))
     if run is not None:
         lines.append(("  this run", tracker.run_link(run)))
-    if compare[0]:
+    if has_scores and run is not None and experiment.sweep is not None:
+        sweep_id = state.get("sweep_run_id") or run.id
+        finals = f"tags.sweep_id = '{sweep_id}' and tags.role = 'final'"
+        shown = ("task", "encoder", *(experiment.sweep.search or ()))
+        lines.append(("  trials", tracker.view_link(f"sweep-{sweep_id}", finals, shown, chart=True)))
+    if compare[0] and len(compare) <= MOST_COMPARED:
         lines.append(("  compare", tracker.compare_link(compare)))
     for title, value in lines:
         console.print(f"{title:<12} {value}", soft_wrap=True, highlight=False, markup=False)
