@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 TRUE_COLOUR = (("B04", "B03", "B02"), ("Oa08", "Oa06", "Oa04"))
 NO_VALUE = 0.82
+FAINTEST = 0.15
+"""Deviations that are stretched from black to white at least: noise over an even field stays dark."""
 SHOWN = 8
 """Samples in a picture of predictions."""
 
@@ -147,7 +149,7 @@ def view(task: Task, x_CHW: np.ndarray) -> np.ndarray:
     else:
         shown = x_CHW[:1]
     low, high = np.nanpercentile(shown, (2, 98), axis=(1, 2), keepdims=True)
-    scaled = np.clip((shown - low) / np.maximum(high - low, 1e-6), 0, 1)
+    scaled = np.clip((shown - low) / np.maximum(high - low, FAINTEST), 0, 1)
     return np.moveaxis(scaled, 0, -1) if len(scaled) == 3 else scaled[0]
 
 
