@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 
+LAST_FIGURES_S = 330
+"""How long the last figures may take: longer than writes to the tracking store wait out an outage."""
+
+
 def new_mailbox() -> Any:
     """A small actor through which workers send figures to the driver; it costs no CPU and blocks nobody."""
     import ray
@@ -47,9 +51,11 @@ class Listener:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.stopping.set()
-        self.thread.join(timeout=30)
+        self.thread.join(timeout=LAST_FIGURES_S)
         if error is None and self.thread.is_alive():
-            raise RuntimeError("the tracking store did not take the last figures within 30 s; the same command resumes")
+            raise RuntimeError(
+                f"the tracking store did not take the last figures within {LAST_FIGURES_S} s; the same command resumes"
+            )
         if self.error is not None and error is None:
             raise self.error
 
