@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-
 LAST_FIGURES_S = 330
 """How long the last figures may take: longer than writes to the tracking store wait out an outage."""
 

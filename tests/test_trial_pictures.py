@@ -23,7 +23,15 @@ def bench(tmp_path_factory):
     return folder
 
 
-KINDS = ("eurosat_s1", "bigearthnet_s2", "dfc2020_s2", "flood_s1", "aq_no2_s5p", "aq_no2_s5p-seasonal", "lc100cls_s3-series")
+KINDS = (
+    "eurosat_s1",
+    "bigearthnet_s2",
+    "dfc2020_s2",
+    "flood_s1",
+    "aq_no2_s5p",
+    "aq_no2_s5p-seasonal",
+    "lc100cls_s3-series",
+)
 
 
 @pytest.mark.parametrize("name", KINDS)
