@@ -145,7 +145,8 @@ def run_cell(cell: Cell, settings: Sweep, seed: int, folder: Path, done: list[Tr
     emit("stage", "seeds")
     trial = ray.remote(run_trial).options(**resources)
     first = cell.seeds(settings, seed)[0]
-    running = {trial.remote(cell, settings, chosen, features, s, folder, True, s == first): s for s in missing}
+    shared = ray.put(features)  # once: those that are not kept hold their encoder
+    running = {trial.remote(cell, settings, chosen, shared, s, folder, True, s == first): s for s in missing}
     failed = ""
     while running:
         (ready,), _ = ray.wait(list(running), num_returns=1)
@@ -300,7 +301,7 @@ def _search(
     left = sorted(set(range(cell.trials(settings))) - {t.number for t in done if t.status != FAILED})
     asha = settings.scheduler == "asha"
 
-    def trainable(config: dict[str, Any]) -> None:
+    def trainable(config: dict[str, Any], features: TaskFeatures | None) -> None:
         chosen = plan[config["number"]] if plan is not None else config
         curve: list[dict[str, float]] = []
 
@@ -350,7 +351,11 @@ def _search(
     path = folder / "tune"
     shutil.rmtree(path, ignore_errors=True)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}),
+        tune.with_resources(
+            # Features that are not kept hold their encoder: too large to travel as part of a function.
+            tune.with_parameters(trainable, features=features),
+            {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial},
+        ),
         param_space={"number": tune.grid_search(left)} if plan is not None else None,
         tune_config=tune.TuneConfig(
             metric=metric,

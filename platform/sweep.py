@@ -23,6 +23,9 @@ from copernicus.platform.language import language_warning, open_language, variab
 
 POLL = 0.2  # seconds between looks at what the cells have to say
 LIVES = 2  # times a cell whose process dies is begun
+MOST_CELLS = (
+    12  # at once: each is a process of half a GB on the driver's machine; their trials have the rest of the slots
+)
 
 
 class SweepFailed(RuntimeError):
@@ -209,7 +212,7 @@ def _pool(settings: Sweep, cells: int) -> Iterator[_Pool]:
     from ray.util.queue import Queue
 
     slots = trial_slots(settings, ray.cluster_resources())
-    width = min(cells, slots)
+    width = min(cells, slots, MOST_CELLS)
     pool = _Pool(width, max(1, slots // width), Queue(actor_options={"num_cpus": 0}))
     try:
         yield pool
