@@ -1,4 +1,4 @@
-"""Ctrl-C or kill -9 in the middle of a search: the sweep goes on where it stopped, and does nothing twice."""
+"""Ctrl-C or kill -9 in the middle of a search, a tracking server that is away: nothing is lost, and nothing done twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from test_run import command, copernicus, interruptible, runs
+from tracking_server import TrackingServer
 
 from copernicus.datasets.miniature import write_miniature
 
@@ -71,3 +73,45 @@ def test_an_interrupted_search_is_resumed(tmp_path, how):
     keys = [r["tags"]["trial_key"] for r in found.values() if r["tags"]["kind"] == "trial"]
     assert sorted(keys) == sorted(after), "each trial is one MLflow run"
     assert {r["status"] for r in found.values()} == {"FINISHED"}, "none is left running"
+
+
+@pytest.mark.slow
+def test_a_tracking_server_that_is_away_costs_no_trial(tmp_path):
+    """It dies when the first trial is finished, and comes back when all are."""
+    write_miniature(tmp_path / "planet", 2, 0, "tiny", tasks=["eurosat_s2"])
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    with TrackingServer(tmp_path) as server:
+        process = subprocess.Popen(
+            command("run", "sweep.yaml", f"tracking.uri={server.uri}"),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            journal = Path("nowhere")
+            deadline = time.monotonic() + 300
+            while time.monotonic() < deadline and process.poll() is None:
+                journal = next(tmp_path.glob("runs/searched-*/sweep/trials.jsonl"), journal)
+                if journal.exists():
+                    break
+                time.sleep(0.05)
+            server.kill()
+            while time.monotonic() < deadline and process.poll() is None and len(trials(journal.parent)) < 6 + 2:
+                time.sleep(0.2)
+            assert process.poll() is None, process.stdout.read().decode()
+            assert len(trials(journal.parent)) == 6 + 2, "the sweep went on without the server"
+            server.start()
+            output = process.communicate(timeout=240)[0].decode()
+            assert process.returncode == 0, output
+        finally:
+            if process.poll() is None:
+                process.kill()
+        assert "Leaderboard" in output
+        client = MlflowClient(server.uri)
+        found = client.search_runs([client.get_experiment_by_name("copernicus").experiment_id])
+    trial_runs = [run for run in found if run.data.tags["kind"] == "trial"]
+    assert sorted(run.data.tags["trial_key"] for run in trial_runs) == sorted(trials(journal.parent))
+    assert {run.info.status for run in found} == {"FINISHED"}
+    for run in trial_runs:
+        assert "score" in run.data.metrics
+        assert "val_oa" in run.data.metrics, "its curve"
