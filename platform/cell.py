@@ -6,6 +6,7 @@ those of the other cells; its trials run wherever the cluster has room.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ from copernicus.platform.journal import FAILED, FINAL, FINISHED, SEARCH, STOPPED
 from copernicus.platform.language import open_language
 from copernicus.platform.search_space import optuna_search, planned, trial_count
 
+EPOCHS = "epochs"
+"""Folder of the checkpoints of fine-tuning trials, which go on after their last epoch where they were killed."""
 Emit = Callable[[str, Any], None]
 """Tells the driver of ("stage", text) or ("trial", Trial)."""
 
@@ -146,9 +149,13 @@ def run_cell(cell: Cell, settings: Sweep, seed: int, folder: Path, done: list[Tr
     trial = ray.remote(run_trial).options(**resources)
     first = cell.seeds(settings, seed)[0]
     shared = ray.put(features)  # once: those that are not kept hold their encoder
-    running = {trial.remote(cell, settings, chosen, shared, s, folder, True, s == first): s for s in missing}
+    running: dict[Any, int] = {}
     failed = ""
-    while running:
+    while missing or running:
+        while missing and len(running) < share:
+            number = missing.pop(0)
+            kept = folder / EPOCHS / f"final-{number}-{_digest(chosen)}"
+            running[trial.remote(cell, settings, chosen, shared, number, kept, True, number == first)] = number
         (ready,), _ = ray.wait(list(running), num_returns=1)
         number = running.pop(ready)
         try:
@@ -160,8 +167,13 @@ def run_cell(cell: Cell, settings: Sweep, seed: int, folder: Path, done: list[Tr
             for name, png in outcome.pictures.items():
                 (folder / name).write_bytes(png)
             emit("trial", Trial(cell.key, FINAL, number, chosen | outcome.chosen, outcome.metrics, outcome.curve))
+    shutil.rmtree(folder / EPOCHS, ignore_errors=True)
     if failed:
         raise CellFailed(failed)
+
+
+def _digest(chosen: dict[str, float]) -> str:
+    return hashlib.sha256(json.dumps(sorted(chosen.items())).encode()).hexdigest()[:12]
 
 
 def _all_tried(searched: list[Trial], count: int) -> bool:
@@ -195,7 +207,7 @@ def encode_cell(cell: Cell, settings: Sweep, workers: int = 0, progress: Any = N
     if not workers:
         torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
         encoder = encoder.to("cuda" if settings.gpus_per_trial else "cpu")
-    return encode_task(
+    features = encode_task(
         encoder,
         get_task(cell.task),
         settings.data,
@@ -210,6 +222,8 @@ def encode_cell(cell: Cell, settings: Sweep, workers: int = 0, progress: Any = N
         gpus_per_worker=settings.gpus_per_trial,
         progress=progress,
     )
+    encoder.cpu()  # splits that are not kept hold it, and travel to processes that have no GPU
+    return features
 
 
 def open_split(task: Task, settings: Sweep, split: str) -> TaskDataset:
@@ -232,13 +246,17 @@ def run_trial(
     chosen: dict[str, float],
     features: TaskFeatures | None,
     seed: int,
-    folder: Path,
+    kept: Path,
     final: bool,
     pictures: bool = False,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Outcome:
     """Train and evaluate one head (of the tuned protocols, the encoder too). The test split counts in the final estimate
-    only."""
+    only.
+
+    Args:
+        kept: folder for the checkpoints of a tuned encoder.
+    """
     import torch
 
     from copernicus.platform.finetune import FinetuneSettings, run_finetune
@@ -262,12 +280,11 @@ def run_trial(
     else:
         tuning = {"blocks": cell.blocks, "lora_rank": cell.lora_rank}
         whole = FinetuneSettings.for_task(task, **{**given, **chosen}, **tuning)
-        datasets = {split: open_split(task, settings, split) for split in ("train", "val", "test")}
-        # Goes on after the last epoch where an earlier attempt was killed.
-        key = hashlib.sha256(json.dumps([seed, final, sorted(chosen.items())]).encode()).hexdigest()[:12]
-        kept = folder / "epochs" / key
-        result = run_finetune(build_encoder(cell), datasets, task, whole, seed, report, **options, folder=kept)
-        shutil.rmtree(kept, ignore_errors=True)
+        splits = ("train", "val", "test") if final else ("train", "val")
+        datasets = {split: open_split(task, settings, split) for split in splits}
+        # Of training from scratch the encoder's weights are part of what a seed decides.
+        started_from = dataclasses.replace(cell, seed=cell.seed + seed) if cell.protocol == "scratch" else cell
+        result = run_finetune(build_encoder(started_from), datasets, task, whole, seed, report, **options, folder=kept)
     metrics = {f"val/{k}": v for k, v in result.val.items()} | {"val/best_epoch": float(result.best_epoch)}
     if result.test is not None:
         metrics |= {f"test/{k}": v for k, v in result.test.items()}
@@ -309,8 +326,10 @@ def _search(
             curve.append(figures)
             tune.report({metric: figures[best], "epoch": epoch, "curve": curve, "whole": False})
 
+        name = config["number"] if plan is not None else tune.get_context().get_trial_id()
+        kept = folder / EPOCHS / f"search-{name}"
         try:
-            outcome = run_trial(cell, settings, chosen, features, seed, folder, False, report=report if asha else None)
+            outcome = run_trial(cell, settings, chosen, features, seed, kept, False, report=report if asha else None)
         except Exception as error:  # said here: Tune's callbacks hear of an error before they can read it
             tune.report({metric: float("nan"), "epoch": len(curve) + 1, "error": last_line(error)})
             return
@@ -345,8 +364,10 @@ def _search(
         searcher = optuna_search(settings.search, metric, mode, seed, cell.task, done)
     scheduler = None
     if asha:
+        searched_epochs = settings.search["epochs"].values if "epochs" in settings.search else None
+        longest = int(max(searched_epochs or [settings.epochs]))
         scheduler = tune.schedulers.ASHAScheduler(
-            time_attr="epoch", max_t=settings.epochs + 1, grace_period=max(1, settings.epochs // 8), reduction_factor=3
+            time_attr="epoch", max_t=longest + 1, grace_period=max(1, settings.epochs // 8), reduction_factor=3
         )
     path = folder / "tune"
     shutil.rmtree(path, ignore_errors=True)
@@ -370,6 +391,7 @@ def _search(
     )
     tuner.fit()
     shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(folder / EPOCHS, ignore_errors=True)  # of trials that were stopped
     return sorted(trials.values(), key=lambda t: t.number)
 
 

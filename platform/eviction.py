@@ -12,6 +12,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
@@ -104,12 +105,16 @@ class Kept:
         return self.path.name.startswith(".")
 
 
+OURS = re.compile(r"\.?(train|val|test)-[0-9a-f]{24}(\.[0-9a-f]{32})?(\.(partial|gone))?")
+"""Names of entries and of what dead writers leave: the cache's folder may hold other things, which are nobody's to remove."""
+
+
 def contents(cache: Path) -> list[Kept]:
     """All entries and leftovers, the least recently used first."""
     found = []
     for folder in cache.glob("*/*"):
         with contextlib.suppress(OSError):  # another process takes it away
-            if folder.is_dir():
+            if OURS.fullmatch(folder.name) and folder.is_dir():
                 status = [path.stat() for path in folder.iterdir()]
                 content = [(folder / CONTENT).stat()] if (folder / CONTENT).exists() else status
                 # Files are made as long as they will be: blocks, not sizes.

@@ -196,7 +196,7 @@ class Sweep:
     tasks: list[str] = field(default_factory=list)
     encoders: dict[str, Encoder] = field(default_factory=dict)
     protocol: str = "probe"
-    head: str = "upernet"  # of dense tasks: upernet (as published) or light (one convolution, for a laptop)
+    head: str = "upernet"  # of dense tasks: upernet (as published) or light (a few convolutions on the token grid, for a laptop)
     search: dict[str, Space] = field(default_factory=dict)
     searcher: str = "optuna"
     scheduler: str = "none"  # or asha: settings that fall behind are stopped early

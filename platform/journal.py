@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,9 +56,12 @@ class Journal:
                 self.trials[trial.key] = trial
 
     def add(self, trial: Trial) -> None:
-        torn = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
-        with open(self.path, "a") as file:
-            file.write(("\n" if torn else "") + json.dumps(dataclasses.asdict(trial)) + "\n")
+        with open(self.path, "ab+") as file:
+            torn = False  # by a kill: what it left is a line of its own
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                torn = file.read() != b"\n"
+            file.write(("\n" * torn + json.dumps(dataclasses.asdict(trial)) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         self.trials[trial.key] = trial
@@ -71,7 +75,8 @@ class Journal:
 def best_trial(trials: list[Trial], metric: str, higher_is_better: bool) -> Trial | None:
     """The best by validation. Of those that ran to their last epoch, if there are any: a trial that a scheduler stopped
     was judged under another schedule than the one its setting would get. Of equals the first."""
-    done = [t for t in trials if t.status == FINISHED] or [t for t in trials if t.status == STOPPED]
+    known = [t for t in trials if t.status != FAILED and math.isfinite(t.metrics[f"val/{metric}"])]
+    done = [t for t in known if t.status == FINISHED] or known
     sign = 1 if higher_is_better else -1
     return max(done, key=lambda t: (sign * t.metrics[f"val/{metric}"], -t.number), default=None)
 

@@ -70,8 +70,7 @@ def run_quick(features: TaskFeatures, task: Task, protocol: str, seed: int = 0, 
     indicator_NK = target_N if task.kind == "multilabel" else F.one_hot(target_N, task.num_classes)
     name, candidates = QUICK[protocol]((z_ND - mean_D) / std_D, indicator_NK.double(), task)
 
-    def evaluate(score: Scorer, split: Split) -> Evaluation:
-        z_MD, target_M = _vectors(split)
+    def evaluate(score: Scorer, z_MD: Tensor, target_M: Tensor) -> Evaluation:
         evaluation = Evaluation(task)
         scores_MK = score((z_MD - mean_D) / std_D)
         size = task.probe.batch_size  # of the batches whose figures are averaged, as published
@@ -83,13 +82,14 @@ def run_quick(features: TaskFeatures, task: Task, protocol: str, seed: int = 0, 
     curves: list[dict[str, float]] = []
     best: tuple[int, Evaluation, Scorer] | None = None
     val = features.splits["val"]
+    seen = _vectors(val)
     for number, (value, score) in enumerate(candidates, start=1):
-        evaluation = evaluate(score, val)
+        evaluation = evaluate(score, *seen)
         curves.append({name: value, **{f"val_{k}": v for k, v in evaluation.main(len(val)).items()}})
         if best is None or curves[-1][f"val_{key}"] > curves[best[0] - 1][f"val_{key}"]:
             best = number, evaluation, score
     assert best is not None
-    tested = evaluate(best[2], features.splits["test"]) if test else None
+    tested = evaluate(best[2], *_vectors(features.splits["test"])) if test else None
     used = ("train", "val", "test") if test else ("train", "val")
     return ProbeResult(
         key,
@@ -104,9 +104,11 @@ def run_quick(features: TaskFeatures, task: Task, protocol: str, seed: int = 0, 
 
 
 def _vectors(split: Split) -> tuple[Tensor, Tensor]:
-    index = np.arange(len(split))
-    (z_ND,), target_N = split.load(index, np.zeros_like(index))
-    return z_ND.double(), target_N
+    """All samples, unflipped, some at a time: a split that is not kept reads and encodes them."""
+    parts = [
+        split.load(index, np.zeros_like(index)) for index in np.split(np.arange(len(split)), range(64, len(split), 64))
+    ]
+    return torch.cat([levels[0] for levels, _ in parts]).double(), torch.cat([target for _, target in parts])
 
 
 Candidates = tuple[str, Iterator[tuple[float, Scorer]]]

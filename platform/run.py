@@ -66,7 +66,8 @@ def run_experiment(experiment: Experiment, console: Console, fresh: bool = False
     folder = experiment.folder
     if fresh and folder.exists():
         kept = folder.with_name(f"{folder.name}.old-{int(folder.stat().st_mtime)}")
-        folder.rename(kept)
+        with locked(folder):  # not away from under a process that works in it
+            folder.rename(kept)
         console.print(f"Kept the earlier results in {short_path(kept)}")
     with locked(folder):
         _run(experiment, console, verbose, started)

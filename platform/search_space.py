@@ -54,7 +54,7 @@ def optuna_search(search: Mapping[str, Space], metric: str, mode: str, seed: int
         low, high = _ends(space)
         return FloatDistribution(low, high, log=space.log)
 
-    told = [t for t in done if t.status in (FINISHED, STOPPED)]
+    told = [t for t in done if t.status in (FINISHED, STOPPED) and math.isfinite(t.metrics[metric])]
     # Another seed after every interruption: the same one would suggest again what it suggested first.
     drawn = int(generator("search", task, seed, len(done)).integers(2**31))
     return OptunaSearch(

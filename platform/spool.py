@@ -164,7 +164,8 @@ class Spool:
                 self._changed.notify_all()
             self._thread.join(timeout=30)  # longer than a request may take; without a request to wait for, at once
             self._records.close()
-            self._receipts.close()
+            if not self._thread.is_alive():  # else it may still write its receipt
+                self._receipts.close()
         if self.pending:
             message = (
                 f"{self.pending} records are not in MLflow yet: {self._failure or 'the tracking server took none'}; "
@@ -220,13 +221,11 @@ class Spool:
             self._waiting.append(record)
             self._changed.notify_all()
 
-    def wait(self, timeout: float, on_wait: Callable[[int], None] = lambda pending: None) -> bool:
-        """Wait for MLflow to have every record, or ``timeout`` seconds; whether it has. ``on_wait(pending)`` is called
-        about once a second."""
+    def wait(self, timeout: float) -> bool:
+        """Wait for MLflow to have every record, or ``timeout`` seconds; whether it has."""
         end = time.monotonic() + timeout
         with self._changed:
             while self._waiting and self._failure is None and (left := end - time.monotonic()) > 0:
-                on_wait(len(self._waiting))
                 self._changed.wait(min(left, 1.0))
             return not self._waiting
 

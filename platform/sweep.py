@@ -6,6 +6,7 @@ Whatever is finished is in the journal before anything else happens, so that a r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import traceback
 from collections import deque
@@ -15,6 +16,7 @@ from typing import Any
 
 from copernicus.datasets.bench import get_task
 from copernicus.datasets.sensors import InputError
+from copernicus.models.sources import is_remote
 from copernicus.platform.cell import Cell, CellRunner, last_line
 from copernicus.platform.checkpoint import trained_language
 from copernicus.platform.experiment import Encoder, Pretrain, Sweep
@@ -43,9 +45,15 @@ def cells(settings: Sweep, pretrained: Pretrain | None, checkpoint: Path | None)
             assert pretrained is not None, "checked when the experiment was loaded"
             weights, language = str(checkpoint), language or pretrained.language
         protocol = encoder.protocol or settings.protocol
+        weights, language = absolute(weights), language and absolute(language)
         return Cell(task, name, model, weights, encoder.seed, language, protocol, encoder.blocks, encoder.lora_rank)
 
     return [cell(task, name, encoder) for task in settings.tasks for name, encoder in settings.encoders.items()]
+
+
+def absolute(source: str) -> str:
+    """A path that processes in other directories find; sources of other kinds as they are."""
+    return source if source == "none" or is_remote(source) else str(Path(source).absolute())
 
 
 def cells_language(settings: Sweep, plan: list[Cell]) -> tuple[dict[str, str], list[str]]:
@@ -69,20 +77,22 @@ def cells_language(settings: Sweep, plan: list[Cell]) -> tuple[dict[str, str], l
     return described, warnings
 
 
-def trial_slots(settings: Sweep, resources: dict[str, float]) -> int:
-    """How many trials the cluster can run at once, or the sweep's own limit where that is lower.
+def trial_slots(settings: Sweep, nodes: list[dict[str, float]]) -> int:
+    """How many trials the cluster's nodes can run at once, or the sweep's own limit where that is lower.
 
     Raises:
-        InputError: it has not the resources of one trial.
+        InputError: no node has the resources of one trial.
     """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    slots = math.floor(cpus / settings.cpus_per_trial + 1e-9)
-    if settings.gpus_per_trial:
-        slots = min(slots, math.floor(gpus / settings.gpus_per_trial + 1e-9))
+    wanted = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
+    slots = sum(
+        min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items() if amount)
+        for node in nodes
+    )
     if slots < 1:
+        most = [max((node.get(name, 0.0) for node in nodes), default=0.0) for name in wanted]
         raise InputError(
-            f"sweep: a trial asks for {settings.cpus_per_trial:g} CPUs and {settings.gpus_per_trial:g} GPUs, the cluster has "
-            f"{cpus:g} and {gpus:g}; lower sweep.cpus_per_trial or sweep.gpus_per_trial"
+            f"sweep: a trial asks for {settings.cpus_per_trial:g} CPUs and {settings.gpus_per_trial:g} GPUs, which no node "
+            f"has (the largest: {most[0]:g} and {most[1]:g}); lower sweep.cpus_per_trial or sweep.gpus_per_trial"
         )
     return min(slots, settings.max_concurrent or slots)
 
@@ -104,6 +114,8 @@ def sweep(
         InputError: the cluster has no room for one trial.
         SweepFailed: every cell failed.
     """
+    # Workers and Tune's trials run in other directories.
+    settings = dataclasses.replace(settings, data=absolute(settings.data), cache=absolute(settings.cache))
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder / "trials.jsonl")
     by_key = {cell.key: cell for cell in plan}
@@ -128,7 +140,7 @@ def sweep(
                 while waiting and pool.room:
                     cell = waiting.popleft()
                     done = [t for t in journal.trials.values() if t.cell == cell.key]
-                    pool.start(cell, settings, seed, folder / cell.key, done)
+                    pool.start(cell, settings, seed, folder / cell.key, done, len(waiting))
                 ended = pool.wait()
                 hear()  # all that the ended ones have said before they ended
                 for cell, error in ended:
@@ -156,8 +168,8 @@ def _unfinished(cell: Cell, settings: Sweep, seed: int, journal: Journal) -> boo
 class _Pool:
     """Processes that run cells, as many as may run at once, and the queue through which they speak."""
 
-    def __init__(self, width: int, share: int, events: Any):
-        self.width, self.share, self.events = width, share, events
+    def __init__(self, slots: int, width: int, events: Any):
+        self.slots, self.width, self.events = slots, width, events
         self.idle: list[Any] = []
         self.running: dict[Any, tuple[Cell, Any]] = {}
 
@@ -165,7 +177,8 @@ class _Pool:
     def room(self) -> bool:
         return len(self.running) < self.width
 
-    def start(self, cell: Cell, settings: Sweep, seed: int, folder: Path, done: list[Trial]) -> None:
+    def start(self, cell: Cell, settings: Sweep, seed: int, folder: Path, done: list[Trial], left: int) -> None:
+        """``left``: cells that are not begun, this one not among them. The slots are shared out among those at work."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -175,7 +188,8 @@ class _Pool:
         kind: Any = ray.remote(CellRunner)
         kind = kind.options(num_cpus=0, scheduling_strategy=here)
         runner = self.idle.pop() if self.idle else kind.remote()
-        self.running[runner.run.remote(cell, settings, seed, folder, done, self.share, self.events)] = cell, runner
+        share = max(1, self.slots // min(self.width, len(self.running) + 1 + left))
+        self.running[runner.run.remote(cell, settings, seed, folder, done, share, self.events)] = cell, runner
 
     def wait(self) -> list[tuple[Cell, BaseException | None]]:
         """Cells that have ended since the last call, each with what went wrong."""
@@ -211,9 +225,8 @@ def _pool(settings: Sweep, cells: int) -> Iterator[_Pool]:
     import ray
     from ray.util.queue import Queue
 
-    slots = trial_slots(settings, ray.cluster_resources())
-    width = min(cells, slots, MOST_CELLS)
-    pool = _Pool(width, max(1, slots // width), Queue(actor_options={"num_cpus": 0}))
+    slots = trial_slots(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    pool = _Pool(slots, min(cells, slots, MOST_CELLS), Queue(actor_options={"num_cpus": 0}))
     try:
         yield pool
     finally:

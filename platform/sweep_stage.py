@@ -98,6 +98,9 @@ def run_sweep(
                         means[f"{task.name}/{encoder}/std"] = s.std
         run.metrics(means)
         run.tags({"failed_cells": failures_tag(failed)})
+    if spool.refused:
+        names = ", ".join(list(spool.refused)[:5])
+        say(f"MLflow refused {len(spool.refused)} trials, which are in {spool.folder} alone: {names}")
     for key, message in failed.items():
         console.print(f"  [red]failed[/] {key}: {message}")
     return failed

@@ -1,4 +1,4 @@
-"""Everything that speaks to MLflow. One process, the driver, owns the store; workers send it their figures.
+"""Everything that speaks to MLflow, but for `spool.py` (trials on their way) and `tracking_read.py`. One process, the driver, owns the store; workers send it their figures.
 
 Runs nest: a parent run for an experiment, below it its pretraining and its sweep, below the sweep its trials, which reach
 the store by way of `spool.py`. What is written here waits out a store that does not answer.

@@ -193,6 +193,7 @@ def validate(e: Experiment, source: str) -> None:
         choice("sweep.protocol", s.protocol, PROTOCOLS)
         if not s.encoders:
             raise wrong("sweep.encoders", "empty: name at least one encoder, as in {random: {weights: none}}")
+        keys: set[str] = set()
         for name, encoder in s.encoders.items():
             here = f"sweep.encoders.{name}"
             plain(here, name)
@@ -215,6 +216,9 @@ def validate(e: Experiment, source: str) -> None:
                     f"{here}.protocol",
                     f"{protocol} is for image-level tasks; {', '.join(dense)}: a target for each pixel",
                 )
+            if clash := [task.name for task in tasks if f"{task.name}-{name}" in keys]:
+                raise wrong(here, f"with task {clash[0]} its name reads like another cell's; choose another name")
+            keys |= {f"{task.name}-{name}" for task in tasks}
             for key in ("blocks", "lora_rank"):
                 positive(f"{here}.{key}", getattr(encoder, key))
                 if getattr(encoder, key) is not None and protocol != "finetune":
@@ -244,6 +248,16 @@ def validate(e: Experiment, source: str) -> None:
                 raise wrong(here, "give either low and high, or values")
             if ranged and not (space.low < space.high and (space.low > 0 or not space.log)):  # type: ignore[operator]
                 raise wrong(here, f"needs low < high (and low > 0 when log), it is {space.low} to {space.high}")
+            if any(value <= 0 for value in space.values or [] if name != "weight_decay"):
+                raise wrong(here, f"must be above 0, it has {min(space.values or [])}")
+        if any(
+            size < 2
+            for size in [
+                s.batch_size or 2,
+                *((s.search["batch_size"].values or []) if "batch_size" in s.search else []),
+            ]
+        ):
+            raise wrong("sweep.batch_size", "must be at least 2 (batch normalisation)")
         choice("sweep.searcher", s.searcher, ("optuna", "random", "grid"))
         if s.searcher == "grid" and any(not space.values for space in s.search.values()):
             raise wrong("sweep.searcher", "grid needs values (not low and high) for everything it searches")

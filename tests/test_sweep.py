@@ -166,17 +166,20 @@ def test_asha_stops_what_falls_behind_and_repeats_a_setting_that_was_not_stopped
 
 
 def test_how_many_trials_fit():
-    def slots(cpus: float, gpus: float, **options) -> int:
-        return trial_slots(Sweep(**options), {"CPU": cpus, "GPU": gpus})
+    def slots(*nodes: tuple[float, float], **options) -> int:
+        return trial_slots(Sweep(**options), [{"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes])
 
-    assert slots(8, 0) == 8
-    assert slots(8, 0, cpus_per_trial=3) == 2
-    assert slots(8, 0, cpus_per_trial=0.1) == 80
-    assert slots(64, 2, gpus_per_trial=0.25) == 8
-    assert slots(64, 2, gpus_per_trial=0.25, max_concurrent=5) == 5
-    assert slots(4, 2, gpus_per_trial=0.25, max_concurrent=50) == 4
-    with pytest.raises(InputError, match=r"asks for 1 CPUs and 1 GPUs, the cluster has 4 and 0"):
-        slots(4, 0, gpus_per_trial=1)
+    assert slots((8, 0)) == 8
+    assert slots((8, 0), cpus_per_trial=3) == 2
+    assert slots((8, 0), cpus_per_trial=0.1) == 80
+    assert slots((64, 2), gpus_per_trial=0.25) == 8
+    assert slots((64, 2), gpus_per_trial=0.25, max_concurrent=5) == 5
+    assert slots((4, 2), gpus_per_trial=0.25, max_concurrent=50) == 4
+    assert slots((4, 0), (3, 0), cpus_per_trial=2) == 3, "a trial lies on one node"
+    with pytest.raises(InputError, match=r"asks for 8 CPUs and 0 GPUs, which no node has .the largest: 4 and 0"):
+        slots((4, 0), (4, 0), cpus_per_trial=8)
+    with pytest.raises(InputError, match=r"asks for 1 CPUs and 1 GPUs, which no node has"):
+        slots((4, 0), gpus_per_trial=1)
 
 
 def test_a_journal_of_another_shape_is_no_trial(tmp_path):

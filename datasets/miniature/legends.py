@@ -112,10 +112,6 @@ def biomass(seed: int, surface: Surface) -> np.ndarray:
 
 # ---------------------------------------------------------------- DFC2020, 10 m
 
-DFC_NAMES = (
-    "background", "forest", "shrubland", "savanna", "grassland", "wetland", "cropland", "urban", "snow", "barren", "water",
-)  # fmt: skip
-
 
 def dfc2020(surface: Surface) -> np.ndarray:
     """(H, W) int32: 1 forest, 2 shrubland, 3 savanna, 4 grassland, 5 wetland, 6 cropland, 7 urban, 8 snow, 9 barren,
@@ -142,27 +138,6 @@ def dfc2020(surface: Surface) -> np.ndarray:
 
 # ---------------------------------------------------------------- CORINE, as BigEarthNet groups it
 
-BIGEARTHNET_CLASSES = (
-    "Urban fabric",
-    "Industrial or commercial units",
-    "Arable land",
-    "Permanent crops",
-    "Pastures",
-    "Complex cultivation patterns",
-    "Land principally occupied by agriculture, with significant areas of natural vegetation",
-    "Agro-forestry areas",
-    "Broad-leaved forest",
-    "Coniferous forest",
-    "Mixed forest",
-    "Natural grassland and sparsely vegetated areas",
-    "Moors, heathland and sclerophyllous vegetation",
-    "Transitional woodland, shrub",
-    "Beaches, dunes, sands",
-    "Inland wetlands",
-    "Coastal wetlands",
-    "Inland waters",
-    "Marine waters",
-)
 _PRESENT = 0.05  # of a patch; narrower things, rivers, count from a third of that
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from copernicus.datasets.bench.vocabulary import BIGEARTHNET_CLASSES
 from copernicus.datasets.miniature.climate_zones import ZONES
 from copernicus.datasets.miniature.land_cover import EUROSAT_COVERS
-from copernicus.datasets.miniature.legends import BIGEARTHNET_CLASSES
 from copernicus.datasets.miniature.tasks import TASKS
 
 Legend = dict[int, tuple[str, str]]

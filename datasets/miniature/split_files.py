@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from copernicus.datasets.miniature.legends import BIGEARTHNET_CLASSES, LC100_CODES
+from copernicus.datasets.bench.vocabulary import BIGEARTHNET_CLASSES
+from copernicus.datasets.miniature.legends import LC100_CODES
 
 
 def _write_rows(path: Path, rows: Iterable[Sequence], header: Sequence | None = None) -> None:
