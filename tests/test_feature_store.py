@@ -91,7 +91,7 @@ def kill(process: subprocess.Popen) -> None:
 
 @pytest.fixture
 def entry(tmp_path) -> Path:
-    return tmp_path / "cache/task/train-0123"
+    return tmp_path / "cache/task/train-000000000000000000000123"
 
 
 def test_an_entry_is_what_was_written_in_any_order(entry):
@@ -253,7 +253,7 @@ def aged(entry: Path, seconds: float) -> None:
 @pytest.fixture
 def three(tmp_path) -> list[Path]:
     """Entries last used 3000, 2000 and 1000 s ago."""
-    entries = [tmp_path / f"cache/task{i}/train-{i}" for i in range(3)]
+    entries = [tmp_path / f"cache/task{i}/train-{i:024x}" for i in range(3)]
     for i, one in enumerate(entries):
         make(one)
         aged(one, 1000 * (3 - i))
@@ -337,3 +337,15 @@ def test_a_damaged_content_is_an_error_of_its_own(entry):
     truncate(entry)
     with pytest.raises(Damaged, match="expected 4928"):
         open_entry(entry)
+
+
+def test_what_is_not_the_caches_own_is_left_alone(tmp_path):
+    """Somebody's folder given as the cache: a repository, the benchmark's own tasks."""
+    others = [tmp_path / "project/.git", tmp_path / "bench/eurosat_s2", tmp_path / "runs/train-latest"]
+    for folder in others:
+        folder.mkdir(parents=True)
+        (folder / "precious").write_bytes(b"x" * 100_000)
+        for path in (folder / "precious", folder):
+            os.utime(path, (1, 1))
+    assert evict(tmp_path, 0) == []
+    assert all((folder / "precious").exists() for folder in others)

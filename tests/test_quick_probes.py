@@ -151,19 +151,20 @@ def test_the_same_again_and_nothing_drawn(features, protocol):
 def test_the_test_split_is_asked_for_once_or_not_at_all(features, protocol):
     class Counted:
         def __init__(self, split):
-            self.split, self.loads = split, 0
+            self.split, self.asked = split, []
 
         def __len__(self):
             return len(self.split)
 
         def load(self, index, flips, device="cpu"):
-            self.loads += 1
+            self.asked += list(index)
             return self.split.load(index, flips, device)
 
     whole = features["eurosat_s2"]
-    counted = Counted(whole.splits["test"])
-    run_quick(TaskFeatures("eurosat_s2", {**whole.splits, "test": counted}), EUROSAT, protocol)
-    assert counted.loads == 1
+    counted, val = Counted(whole.splits["test"]), Counted(whole.splits["val"])
+    run_quick(TaskFeatures("eurosat_s2", {**whole.splits, "test": counted, "val": val}), EUROSAT, protocol)
+    assert val.asked == list(range(len(val))), "for all candidates once"
+    assert counted.asked == list(range(len(counted)))
     result = run_quick(TaskFeatures("eurosat_s2", {**whole.splits, "test": None}), EUROSAT, protocol, test=False)
     assert result.test is None
     assert set(result.samples) == {"train", "val"}
