@@ -171,7 +171,7 @@ def main() -> None:
         with ray_session():
             ours = our_sweep(root, work, "one", TRIALS, 1)
             rates = {(TRIALS, 1): ours}
-            for trials, concurrent in ((10, 1), (10, 2), (TRIALS, 2), (2 * TRIALS, 2)):
+            for trials, concurrent in ((TRIALS // 2, 2), (TRIALS, 2)):
                 rates[trials, concurrent] = our_sweep(root, work, f"n{trials}c{concurrent}", trials, concurrent)
 
     train, rest = counts["train"], counts["val"] + counts["test"]
