@@ -1,7 +1,7 @@
 """One cell of a sweep, a task with an encoder: encode the task once, search, then repeat the best setting with seeds.
 
-Each cell is run by a process of its own on the driver's machine (`CellRunner`), where Ray Tune keeps its search apart from
-those of the other cells; its trials run wherever the cluster has room.
+Each cell is run by a process of its own on the driver's machine (`CellRunner`), for Ray Tune's loop is of a whole process;
+its trials run wherever the cluster has room.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def resolved(name: str, sizes: dict[str, int]) -> tuple[str, dict[str, Any]]:
 
 
 def build_encoder(cell: Cell) -> Any:
-    """The cell's encoder in evaluation mode, frozen; those of the zoo pool their patch tokens."""
+    """The cell's encoder in evaluation mode, frozen unless it is tuned; those of the zoo pool their patch tokens."""
     from copernicus.models.weights import load_weights
     from copernicus.models.zoo import create_encoder
 
@@ -89,11 +89,12 @@ def build_encoder(cell: Cell) -> Any:
     model = create_encoder(cell.model.name, get_task(cell.task).sensor, cell.seed, **sizes, **language)
     if cell.weights != "none":
         load_weights(model, cell.weights)
-    return model.eval().requires_grad_(False)
+    model.eval()
+    return model.requires_grad_(False) if cell.protocol in FROZEN else model
 
 
 class CellRunner:
-    """Runs cells one after the other, in a process of its own (Ray Tune keeps names and state for the whole process)."""
+    """Runs cells one after the other, in a process of its own."""
 
     def __init__(self, verbose: bool = False) -> None:
         # Trials are kept in the journal: Tune need write neither its logs nor, ever again, its state.
@@ -143,7 +144,8 @@ def run_cell(cell: Cell, settings: Sweep, seed: int, folder: Path, done: list[Tr
         searched = _search(cell, settings, features, seed, folder, searched, share, emit)
     best = best_trial(searched, task.metric_key, task.higher_is_better)
     if count and best is None:
-        raise CellFailed(f"all {len(searched)} trials failed; the last: {searched[-1].error}")
+        errors = dict.fromkeys(t.error for t in searched)
+        raise CellFailed(f"no trial of the search succeeded: {'; '.join(list(errors)[:3])}")
     chosen = best.settings if best else {}
     emit("stage", "seeds")
     trial = ray.remote(run_trial).options(**resources)
@@ -346,6 +348,8 @@ def _search(
         trials[number] = trial
         emit("trial", trial)
 
+    # Ray keeps functions by name for the whole job: under one name, cells would run each other's trials.
+    trainable.__name__ = f"trial-{cell.key}"
     numbered: set[int] = set()
 
     class Recorder(tune.Callback):

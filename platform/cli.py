@@ -401,8 +401,11 @@ def _failed(error: Exception) -> int:
     if isinstance(error, ConvertFailed):
         _complain(f"{error}. The same command goes on where it stopped")
         return 1
-    if isinstance(error, (PretrainFailed, SweepFailed)):
+    if isinstance(error, PretrainFailed):
         _complain(f"{error}. The same command goes on from the last checkpoint")
+        return 1
+    if isinstance(error, SweepFailed):
+        _complain(f"{error}. Once that is mended, the same command runs what is unfinished")
         return 1
     if isinstance(error, StoreError):
         _complain(f"{error}. The same command goes on where it stopped")

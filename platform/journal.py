@@ -48,7 +48,7 @@ class Journal:
         self.path = path
         self.trials: dict[str, Trial] = {}
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     trial = Trial(**json.loads(line))
                 except (json.JSONDecodeError, TypeError):  # the line a kill cut off: its trial is not finished

@@ -38,7 +38,10 @@ class State:
 
     def __init__(self, folder: Path):
         self.path = folder / "state.json"
-        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        try:
+            self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        except ValueError as error:
+            raise InputError(f"{self.path} is damaged ({error}); restore it, or give --fresh to start anew") from None
 
     def set(self, **values: Any) -> None:
         self.values |= values
@@ -126,7 +129,10 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
 def locked(folder: Path, work: str = "experiment") -> Iterator[None]:
     """One process at a time works in a folder; the lock goes with the process, however it ends."""
     created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output: cannot make the folder {folder}: {error.strerror}") from None
     with open(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -313,7 +319,8 @@ def _closing(
     stages = state.get("seconds") or {}
     if seconds is not None:
         parts = ", ".join(f"{name} {spell_time(s)}" for name, s in stages.items())
-        console.print(f"[bold green]Done[/] in {spell_time(seconds)} ({parts}).")
+        ended = "[bold green]Done[/]" if state.get("done") else "[bold red]Ended with failures[/]"
+        console.print(f"{ended} in {spell_time(seconds)} ({parts}).")
     run = tracker.find(state.get("run_id"))
     lines = []
     if has_scores:

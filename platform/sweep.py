@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import traceback
 from collections import deque
@@ -118,6 +120,7 @@ def sweep(
     settings = dataclasses.replace(settings, data=absolute(settings.data), cache=absolute(settings.cache))
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder / "trials.jsonl")
+    _same_data(settings, plan, folder / "data.json", journal)
     by_key = {cell.key: cell for cell in plan}
     for trial in list(journal.trials.values()):
         if trial.cell in by_key:
@@ -158,6 +161,33 @@ def sweep(
         key, message = next(iter(failed.items()))
         raise SweepFailed(f"every cell failed; {key}: {message}")
     return journal, failed
+
+
+def _same_data(settings: Sweep, plan: list[Cell], path: Path, journal: Journal) -> None:
+    """Scores of changed data must not be averaged with those from before.
+
+    Raises:
+        InputError: the files of a task that has trials already are others than when the sweep began.
+    """
+    known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    begun = {trial.cell for trial in journal.trials.values()}
+    for name in dict.fromkeys(cell.task for cell in plan):
+        task, found = get_task(name), hashlib.sha256()
+        try:
+            for split in ("train", "val", "test"):
+                dataset = task.open(settings.data, split, settings.preset, settings.image_size.get(name))  # type: ignore[arg-type]
+                found.update(dataset.fingerprint().encode())
+        except (InputError, OSError):  # its cells will say what is wrong
+            continue
+        if known.get(name, found.hexdigest()) != found.hexdigest() and any(
+            cell.key in begun for cell in plan if cell.task == name
+        ):
+            raise InputError(
+                f"sweep.data: the files of {name} have changed since this sweep began; put them back, or give --fresh to "
+                "start anew"
+            )
+        known[name] = found.hexdigest()
+    path.write_text(json.dumps(known, indent=1))
 
 
 def _unfinished(cell: Cell, settings: Sweep, seed: int, journal: Journal) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,8 +52,11 @@ def validate(e: Experiment, source: str) -> None:
 
     def plain(path: str, value: str) -> None:
         """Names become those of folders, MLflow metrics and columns of tables."""
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", value):
-            raise wrong(path, f"use letters, digits, '.', '_' and '-' only, it is {value!r}")
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}", value):
+            raise wrong(
+                path,
+                f"use letters, digits, '.', '_' and '-' only, 80 at most, and no '.' in front; it is {value[:100]!r}",
+            )
 
     plain("name", e.name)
     if e.seed < 0:
@@ -223,6 +227,14 @@ def validate(e: Experiment, source: str) -> None:
                 positive(f"{here}.{key}", getattr(encoder, key))
                 if getattr(encoder, key) is not None and protocol != "finetune":
                     raise wrong(f"{here}.{key}", f"is of the protocol finetune, not of {protocol}")
+            if encoder.blocks is not None and encoder.lora_rank is not None:
+                raise wrong(here, "blocks and lora_rank are both given; choose one")
+            depth = ZOO[chosen.name][1].get("depth") if chosen.name in ZOO else None
+            depth = chosen.depth or depth
+            if encoder.blocks is not None and depth is not None and encoder.blocks > depth:
+                raise wrong(f"{here}.blocks", f"is {encoder.blocks}, the model has {depth}")
+            if not encoder.weights:
+                raise wrong(f"{here}.weights", "empty; give none, pretrain, a file or hf://...")
             if protocol == "scratch" and encoder.weights != "none":
                 raise wrong(f"{here}.weights", "scratch trains from random weights: leave weights out, or say finetune")
             language(f"{here}.language", encoder.language)
@@ -248,8 +260,16 @@ def validate(e: Experiment, source: str) -> None:
                 raise wrong(here, "give either low and high, or values")
             if ranged and not (space.low < space.high and (space.low > 0 or not space.log)):  # type: ignore[operator]
                 raise wrong(here, f"needs low < high (and low > 0 when log), it is {space.low} to {space.high}")
-            if any(value <= 0 for value in space.values or [] if name != "weight_decay"):
-                raise wrong(here, f"must be above 0, it has {min(space.values or [])}")
+            least = 0.0 if name == "weight_decay" else 1 if name in ("batch_size", "epochs") else 1e-300
+            for value in [*(space.values or []), *(v for v in (space.low, space.high) if v is not None)]:
+                if not math.isfinite(value) or value < least:
+                    raise wrong(here, f"must be finite and {'at least 0' if not least else 'above 0'}, it has {value}")
+                if name in ("batch_size", "epochs") and value != int(value):
+                    raise wrong(here, f"must be whole numbers, it has {value}")
+            if space.values and (space.low is not None or space.high is not None):
+                raise wrong(here, "give either low and high, or values")
+            if len(set(space.values or [])) < len(space.values or []):
+                raise wrong(here, f"has a value twice: {space.values}")
         if any(
             size < 2
             for size in [

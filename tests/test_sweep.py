@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -86,6 +87,58 @@ def test_the_best_by_validation_is_repeated_and_only_then_tested(swept):
         assert all(len(t.curve) == 4 for t in [*searched, *finals])
     tried = [[t.settings for t in journal.of(f"eurosat_s2-{e}", SEARCH)] for e in ("good", "other")]
     assert tried[0] == tried[1], "encoders are tried with the same settings"
+
+
+def test_cells_side_by_side_run_their_own_trials(swept, settings, tmp_path):
+    """The same figures as one after the other: Ray keeps functions by name, for all processes of a job."""
+    _, beside, _, _ = swept
+    two = dataclasses.replace(
+        settings, encoders={e: settings.encoders[e] for e in ("good", "other")}, seeds=1, max_concurrent=1
+    )
+    alone, failed, _ = run(two, tmp_path)
+    assert not failed
+    for encoder in ("good", "other"):
+        pairs = zip(*(j.of(f"eurosat_s2-{encoder}", SEARCH) for j in (beside, alone)), strict=True)
+        for a, b in pairs:
+            assert b.metrics["val/loss"] == pytest.approx(a.metrics["val/loss"], rel=1e-6)
+    losses = [alone.of(f"eurosat_s2-{e}", SEARCH)[0].metrics["val/loss"] for e in ("good", "other")]
+    assert losses[0] != losses[1]
+
+
+def test_every_protocol_runs_in_a_sweep(settings, tmp_path, monkeypatch):
+    """With data and cache by relative paths, as YAMLs give them; one search trial and one seed each."""
+    monkeypatch.chdir(Path(settings.data).parent)
+    options = {
+        "knn": {"protocol": "knn"}, "logistic": {"protocol": "logistic"}, "all": {"protocol": "finetune"},
+        "last": {"protocol": "finetune", "blocks": 1}, "lora": {"protocol": "finetune", "lora_rank": 2},
+        "scratch": {"protocol": "scratch"},
+    }  # fmt: skip
+    every = dataclasses.replace(
+        settings, data="bench", cache="other_cache", features="live", trials=1, seeds=1, epochs=2,
+        encoders={name: Encoder(model=TINY, **kind) for name, kind in options.items()},
+    )  # fmt: skip
+    journal, failed, _ = run(every, tmp_path)
+    assert not failed
+    for name in options:
+        (final,) = journal.of(f"eurosat_s2-{name}", FINAL)
+        assert final.status == FINISHED
+        assert 0 <= final.metrics["test/oa"] <= 100
+    assert not list(tmp_path.glob("*/epochs"))
+
+
+def test_changed_data_are_not_averaged_with_what_they_were(swept, settings, tmp_path):
+    folder, _, _, _ = swept
+    copied = tmp_path / "bench"
+    shutil.copytree(settings.data, copied)
+    own = dataclasses.replace(settings, data=str(copied), encoders={"good": settings.encoders["good"]})
+    (tmp_path / "sweep").mkdir()
+    lines = (folder / "trials.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "sweep/trials.jsonl").write_text("".join(x for x in lines if '"eurosat_s2-good"' in x))
+    run(own, tmp_path / "sweep")  # all is done: this notes what the data are
+    listing = copied / "eurosat_s2/eurosat-test.txt"
+    listing.write_text("".join(listing.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(InputError, match=r"the files of eurosat_s2 have changed since this sweep began"):
+        run(own, tmp_path / "sweep")
 
 
 def test_a_resumed_sweep_does_what_is_left_and_comes_to_the_same(swept, settings, tmp_path):
