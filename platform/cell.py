@@ -148,7 +148,8 @@ def run_cell(cell: Cell, settings: Sweep, seed: int, folder: Path, done: list[Tr
         raise CellFailed(f"no trial of the search succeeded: {'; '.join(list(errors)[:3])}")
     chosen = best.settings if best else {}
     emit("stage", "seeds")
-    trial = ray.remote(run_trial).options(**resources)
+    trial: Any = ray.remote(run_trial)
+    trial = trial.options(**resources)
     first = cell.seeds(settings, seed)[0]
     shared = ray.put(features)  # once: those that are not kept hold their encoder
     running: dict[Any, int] = {}

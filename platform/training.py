@@ -149,8 +149,9 @@ def train(
         val = measure(model, val_split, task, settings.batch_size, device).main(len(val_split))
         before = course.curves[-1][f"best_val_{key}"] if course.curves else None
         # A figure that is no number is worse than any.
-        better = before is None or math.isnan(before)
-        better = better or (val[key] > before if task.higher_is_better else val[key] < before)
+        better = (
+            before is None or math.isnan(before) or (val[key] > before if task.higher_is_better else val[key] < before)
+        )
         if better:
             course.best_epoch, course.best = epoch, {k: v.clone() for k, v in trained_state(model).items()}
         row = {"train_loss": train_loss, "lr": lr, **{f"val_{name}": value for name, value in val.items()}}

@@ -105,6 +105,7 @@ def test_cells_side_by_side_run_their_own_trials(swept, settings, tmp_path):
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_every_protocol_runs_in_a_sweep(settings, tmp_path, monkeypatch):
     """With data and cache by relative paths, as YAMLs give them; one search trial and one seed each."""
     monkeypatch.chdir(Path(settings.data).parent)
@@ -126,6 +127,7 @@ def test_every_protocol_runs_in_a_sweep(settings, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/epochs"))
 
 
+@pytest.mark.slow
 def test_changed_data_are_not_averaged_with_what_they_were(swept, settings, tmp_path):
     folder, _, _, _ = swept
     copied = tmp_path / "bench"
@@ -158,6 +160,7 @@ def test_a_resumed_sweep_does_what_is_left_and_comes_to_the_same(swept, settings
         assert {k: v for k, v in b.metrics.items() if k != "seconds"} == pytest.approx(same)
 
 
+@pytest.mark.slow
 def test_a_cell_whose_process_dies_is_begun_again(settings, tmp_path):
     killed: list[int] = []
 
