@@ -22,12 +22,15 @@ from copernicus.datasets.bench.reader import TaskDataset
 from copernicus.datasets.bench.task import Task
 from copernicus.datasets.sensors import InputError
 from copernicus.platform.checkpoint import architecture
+from copernicus.platform.encoding import FLIPS
 from copernicus.platform.experiment import FROZEN, QUICK, Model, Sweep
 from copernicus.platform.features import TaskFeatures, encode_task
 from copernicus.platform.journal import FAILED, FINAL, FINISHED, SEARCH, STOPPED, Trial, as_numbers, best_trial
 from copernicus.platform.language import open_language
 from copernicus.platform.search_space import optuna_search, planned, trial_count
 
+WORTH_A_WORKER = 2000
+"""Images to encode for which it is worth starting a worker of a pool, which takes some ten seconds."""
 EPOCHS = "epochs"
 """Folder of the checkpoints of fine-tuning trials, which go on after their last epoch where they were killed."""
 Emit = Callable[[str, Any], None]
@@ -190,9 +193,13 @@ def _encode(cell: Cell, settings: Sweep, share: int, emit: Emit) -> TaskFeatures
     def progress(split: str, done: int, total: int) -> None:
         emit("stage", f"encoding {split} {done}/{total}")
 
-    if share > 1:
-        return encode_cell(cell, settings, share, progress)
-    # One worker is a task like any other: a pool of one would take longer to start than a small task to encode.
+    task = get_task(cell.task)
+    copies = {"train": len(FLIPS), "val": 1, "test": 1}
+    passes = sum(n * len(open_split(task, settings, split)) for split, n in copies.items())
+    workers = min(share, passes // WORTH_A_WORKER)
+    if workers > 1:
+        return encode_cell(cell, settings, workers, progress)
+    # One worker is a task like any other.
     resources = {"num_cpus": settings.cpus_per_trial, "num_gpus": settings.gpus_per_trial}
     encode: Any = ray.remote(encode_cell)
     return ray.get(encode.options(**resources).remote(cell, settings, 0, progress))
