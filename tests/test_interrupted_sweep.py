@@ -52,7 +52,7 @@ def test_an_interrupted_search_is_resumed(tmp_path, how):
     try:
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline and process.poll() is None:
-            if list(tmp_path.glob("runs/searched-*/sweep/trials.jsonl")):
+            if any(path.stat().st_size for path in tmp_path.glob("runs/searched-*/sweep/trials.jsonl")):
                 break
             time.sleep(0.05)
         assert process.poll() is None, process.stdout.read().decode()
