@@ -1,6 +1,7 @@
 """A sweep of linear probes on EuroSAT-S2 at its real size: the published way beside this platform's.
 
-python tests/benchmarks/sweep_speed.py                 20 trials x 3 seeds x 50 epochs; 27,000 images of noise (3 GB on disk)
+python tests/benchmarks/sweep_speed.py                 20 trials x 3 seeds x 50 epochs; 27,000 images of noise (3 GB on disk),
+                                                       half an hour on two cores
 python tests/benchmarks/sweep_speed.py --share 0.02    a fiftieth of the images, to see it run
 
 The published way (github.com/zhu-xlab/Copernicus-FM, Copernicus-Bench: one run a setting) reads and encodes every training
@@ -155,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="of the images")
     parser.add_argument("--probe", type=int, default=48, help="images to time the base encoder on")
+    parser.add_argument("--rates", action="store_true", help="also other numbers of trials and of trials at once")
     options = parser.parse_args()
     console = Console(width=150)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
@@ -171,7 +173,7 @@ def main() -> None:
         with ray_session():
             ours = our_sweep(root, work, "one", TRIALS, 1)
             rates = {(TRIALS, 1): ours}
-            for trials, concurrent in ((TRIALS // 2, 2), (TRIALS, 2)):
+            for trials, concurrent in ((TRIALS // 2, 1), (TRIALS // 2, 2), (TRIALS, 2)) if options.rates else ():
                 rates[trials, concurrent] = our_sweep(root, work, f"n{trials}c{concurrent}", trials, concurrent)
 
     train, rest = counts["train"], counts["val"] + counts["test"]
