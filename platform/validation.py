@@ -69,6 +69,8 @@ def validate(e: Experiment, source: str) -> None:
         raise wrong("kind", "a pipeline needs at least one of the sections pretrain, sweep")
 
     made: list[Path] = []
+    for i, item in enumerate(e.sweep.tasks if e.sweep else ()):  # first: a miniature's tasks are often these
+        choice(f"sweep.tasks[{i}]", item, SELECTABLE)
     if e.miniature:
         choice("miniature.scale", e.miniature.scale, SCALES)
         positive("miniature.grids", e.miniature.grids)
@@ -188,8 +190,6 @@ def validate(e: Experiment, source: str) -> None:
         exists("sweep.data", s.data)
         if not s.tasks:
             raise wrong("sweep.tasks", f"empty; valid choices: {', '.join(SELECTABLE)}")
-        for i, item in enumerate(s.tasks):
-            choice(f"sweep.tasks[{i}]", item, SELECTABLE)
         tasks = [get_task(name) for name in select_tasks(s.tasks)]
         for name, size in s.image_size.items():
             choice(f"sweep.image_size.{name}", name, (*TASKS, *VARIANTS))
