@@ -73,7 +73,7 @@ def draw_predictions(task: Task, samples: list[dict[str, Any]], predicted: np.nd
         return _draw_maps(task, samples, predicted, title)
     columns = min(4, len(samples))
     rows = -(-len(samples) // columns)
-    figure, grid = _figure(2.5 * columns, 0.5 + 2.9 * rows, rows, columns)
+    figure, grid = _figure(max(2.5 * columns, 5), 0.5 + 2.9 * rows, rows, columns)
     for axes, sample, found in zip(grid.flat, samples, predicted, strict=False):
         _show(axes, view(task, _dates(task, sample)[0]))
         true = sample["target"].numpy()
