@@ -110,6 +110,7 @@ def pretrain(
     on_plan(plan, train, held_out)
 
     steps = plan.order.steps(settings.batch_size)
+    fewest, most = settings.worker_range
     mailbox = new_mailbox()
     trainer = TorchTrainer(
         train_worker,
@@ -120,7 +121,7 @@ def pretrain(
             "mailbox": mailbox,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=fewest if fewest == most else (fewest, most),
             use_gpu=settings.gpus_per_worker > 0,
             resources_per_worker={"CPU": settings.cpus_per_worker}
             | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}),
@@ -169,15 +170,16 @@ def check_resources(settings: Pretrain, available: dict[str, float]) -> None:
         InputError: with the sum.
     """
     cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
-    wanted = settings.workers * settings.cpus_per_worker + settings.data_cpus
+    workers = settings.worker_range[0]
+    wanted = workers * settings.cpus_per_worker + settings.data_cpus
     if wanted > cpus:
         raise InputError(
-            f"pretrain: {settings.workers} workers x {settings.cpus_per_worker} CPU + {settings.data_cpus} CPU for reading = "
+            f"pretrain: {workers} workers x {settings.cpus_per_worker} CPU + {settings.data_cpus} CPU for reading = "
             f"{wanted:g} CPUs, but the cluster has {cpus:g}; lower workers, cpus_per_worker or data_cpus"
         )
-    if settings.workers * settings.gpus_per_worker > gpus:
+    if workers * settings.gpus_per_worker > gpus:
         raise InputError(
-            f"pretrain: {settings.workers} workers x {settings.gpus_per_worker} GPU, but the cluster has {gpus:g} GPUs; "
+            f"pretrain: {workers} workers x {settings.gpus_per_worker} GPU, but the cluster has {gpus:g} GPUs; "
             "lower workers or gpus_per_worker"
         )
 

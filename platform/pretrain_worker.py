@@ -39,6 +39,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray
     import ray.train
     import torch.distributed as dist
+    from ray.train import CheckpointUploadMode
 
     from copernicus.platform.parallel import parallelise, restore, whole_state
     from copernicus.platform.stream import Share, batches
@@ -47,7 +48,7 @@ def train_worker(config: dict[str, Any]) -> None:
     settings, mailbox = plan.settings, config["mailbox"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     device = ray.train.torch.get_device()
     held_out: GridIndex = ray.get(config["held_out"])
 
@@ -114,45 +115,40 @@ def train_worker(config: dict[str, Any]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(step)
         batch = batch | {"metadata": plan.metadata(batch, step)}
-        loss_BN = model(batch, {s.name: plan.channels(step, s) for s in plan.sensors})
-        present = plan.present(batch["present"]).to(loss_BN.dtype)
-        total, rows = plan.weigh(loss_BN, present)
-
-        # One reduction carries what every rank must agree on: rows, loss, new problems, whether a checkpoint is due by
-        # rank 0's clock, each loss.
-        due = rank == 0 and time.monotonic() - checkpointed > settings.checkpoint_minutes * 60
-        new = [p for p in problems_in(columns) if str(p) not in problems]
-        facts = torch.cat([
-            torch.stack([rows.to(total.dtype), total.detach(), total.new_full((), len(new)), total.new_full((), due)]),
-            (loss_BN.detach() * present).sum(0),
-            present.sum(0),
-        ])  # fmt: skip
+        rows = (batch["present"].sum(1) > 0).sum()
         if world_size > 1:
-            dist.all_reduce(facts)
-        global_rows = facts[0].clamp(min=1)
-
+            dist.all_reduce(rows)
         optimizer.zero_grad(set_to_none=True)
-        # DDP and FSDP average over ranks; this makes the average the mean over the global batch's rows.
-        (total * (world_size / global_rows)).backward()
+        total, losses, counts = backward(plan, model, batch, step, world_size / rows.clamp(min=1))
         if settings.clip_grad_norm:
             torch.nn.utils.clip_grad_norm_(loss_module.parameters(), settings.clip_grad_norm)
         optimizer.step()
         step += 1
         since.add(columns["epoch"], columns["key"])
-        facts = facts.cpu()  # the step's one wait for a GPU
 
-        if facts[2] > 0:
+        # One reduction carries what else every rank must agree on: loss, new problems, whether a checkpoint is due by
+        # rank 0's clock, each loss.
+        due = rank == 0 and time.monotonic() - checkpointed > settings.checkpoint_minutes * 60
+        new = [p for p in problems_in(columns) if str(p) not in problems]
+        facts = torch.cat([torch.stack([total, *(total.new_full((), n) for n in (len(new), due))]), losses, counts])
+        if world_size > 1:
+            dist.all_reduce(facts)
+        facts, rows = facts.cpu(), rows.cpu()  # the step's one wait for a GPU
+        total, found_new, due = facts[:3].tolist()
+        losses, counts = facts[3:].chunk(2)
+
+        if found_new:
             for problem in (p for part in gather(new, world_size) for p in part):
                 problems.setdefault(str(problem), problem)
         skipped = len(grids_of(problems.values())) / plan.grids_seen
-        sums, counts = facts[4:].chunk(2)
-        metrics = {"train/loss": (facts[1] / facts[0].clamp(min=1)).item(), "train/lr": plan.learning_rate(step - 1)}
+        metrics = {"train/loss": total / max(rows.item(), 1), "train/lr": plan.learning_rate(step - 1)}
         metrics |= {
-            f"train/loss_{name}": (sums[i] / counts[i]).item() for i, name in enumerate(plan.losses) if counts[i] > 0
+            f"train/loss_{name}": (losses[i] / counts[i]).item() for i, name in enumerate(plan.losses) if counts[i] > 0
         }
         metrics["train/samples_seen"] = min(step * settings.batch_size, plan.order.samples)
         metrics["train/epoch"] = metrics["train/samples_seen"] / plan.order.samples_per_epoch
         metrics["train/samples_per_s"] = (step - first_step) * settings.batch_size / (time.monotonic() - started)
+        metrics["train/workers"] = world_size
         if isinstance(teacher, CachedTeacher):
             metrics["train/teacher_cached"] = teacher.found / teacher.asked  # of this rank's images
         metrics |= skipped_metrics(problems.values(), skipped)
@@ -170,7 +166,7 @@ def train_worker(config: dict[str, Any]) -> None:
         last = step == steps
         if last or step in evaluate_at:
             metrics |= evaluation(model, problems)
-        saving = last or step in save_at or bool(facts[3] > 0)
+        saving = last or step in save_at or bool(due)
         if saving:
             for part in gather(since, world_size):
                 coverage.merge(part)
@@ -182,24 +178,68 @@ def train_worker(config: dict[str, Any]) -> None:
         post(mailbox, rank, step, metrics, wait=last)
         if saving:
             weights, optimizer_state = whole_state(loss_module, optimizer)  # all ranks take part
-            with tempfile.TemporaryDirectory() as folder:
-                checkpoint = None
-                if rank == 0:
-                    state = {
-                        "model": weights,
-                        "optimizer": optimizer_state,
-                        "step": step,
-                        "samples_seen": int(metrics["train/samples_seen"]),
-                        "coverage": {k: list(v) for k, v in coverage.epochs.items()},
-                        "teacher": teacher.identity if teacher is not None else None,
-                        "precision": next(iter(precisions)),
-                        "architecture": {"name": settings.model.name, **settings.model.encoder_overrides()},
-                        "language": plan.language.digests(variables(plan.sensors)),
-                        "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
-                    }
-                    torch.save(state, Path(folder) / CHECKPOINT_FILE)
-                    checkpoint = ray.train.Checkpoint.from_directory(folder)
-                ray.train.report({"step": step, **metrics}, checkpoint=checkpoint)
+            checkpoint = None
+            if rank == 0:
+                state = {
+                    "model": weights,
+                    "optimizer": optimizer_state,
+                    "step": step,
+                    "samples_seen": int(metrics["train/samples_seen"]),
+                    "coverage": {k: list(v) for k, v in coverage.epochs.items()},
+                    "teacher": teacher.identity if teacher is not None else None,
+                    "precision": next(iter(precisions)),
+                    "architecture": {"name": settings.model.name, **settings.model.encoder_overrides()},
+                    "language": plan.language.digests(variables(plan.sensors)),
+                    "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
+                }
+                folder = tempfile.mkdtemp(prefix="copernicus-checkpoint-")
+                torch.save(state, Path(folder) / CHECKPOINT_FILE)
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            # Training goes on while the storage takes it; the last one is waited for.
+            mode = CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC
+            ray.train.report(
+                {"step": step, **metrics},
+                checkpoint=checkpoint,
+                checkpoint_upload_mode=mode,
+                delete_local_checkpoint_after_upload=True,
+            )
+
+
+def backward(
+    plan: Plan, model: torch.nn.Module, batch: dict[str, torch.Tensor], step: int, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The forward and backward passes of this rank's share, in parts of ``pretrain.micro_batch_size`` rows.
+
+    Args:
+        scale: world size / rows of the global batch. DDP and FSDP average over ranks; this makes the average the mean
+            over the global batch's rows, however many ranks and parts it is shared out to.
+
+    Returns:
+        the sum of the rows' losses (), of each loss over the rows that have it (N,), and how many those are (N,).
+    """
+    from copernicus.platform.parallel import averaging
+
+    channels = {s.name: plan.channels(step, s) for s in plan.sensors}
+    sums: list[torch.Tensor] = []
+    parts = split(batch, plan.settings.micro_batch_size)
+    for number, part in enumerate(parts, 1):
+        with averaging(model, on=number == len(parts)):
+            loss_BN = model(part, channels)
+            present = plan.present(part["present"]).to(loss_BN.dtype)
+            total, _ = plan.weigh(loss_BN, present)
+            (total * scale).backward()
+        sums.append(torch.cat([total.detach()[None], (loss_BN.detach() * present).sum(0), present.sum(0)]))
+    total, rest = torch.stack(sums).sum(0).split([1, 2 * len(plan.losses)])
+    losses, counts = rest.chunk(2)
+    return total[0], losses, counts
+
+
+def split(batch: dict[str, torch.Tensor], most: int | None) -> list[dict[str, torch.Tensor]]:
+    """A batch in parts of at most so many rows, as equal as can be."""
+    rows = len(batch["present"])
+    count = -(-rows // (most or rows))
+    pieces = {name: values.tensor_split(count) for name, values in batch.items()}
+    return [{name: parts[i] for name, parts in pieces.items()} for i in range(count)]
 
 
 class Evaluation:

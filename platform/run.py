@@ -233,7 +233,7 @@ def _pretrain(
             run.parameters({k: v for k, v in experiment.parameters().items() if k.startswith(("pretrain.", "seed"))})
         console.print(
             f"  {len(train)} grids to train on, {len(held_out)} held out, {len(plan.sensors)} sensors, "
-            f"{settings.workers} workers, global batch {settings.batch_size}"
+            f"{'-'.join(map(str, sorted(set(settings.worker_range))))} workers, global batch {settings.batch_size}"
         )
         if names:
             run.parameters({"language": plan.language.describe(names)})
