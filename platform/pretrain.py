@@ -27,6 +27,7 @@ from copernicus.platform.language import open_language
 from copernicus.platform.mailbox import Listener, new_mailbox
 from copernicus.platform.objective import CHECKPOINT_FILE, Plan
 from copernicus.platform.pretrain_worker import train_worker
+from copernicus.platform.session import autoscales
 from copernicus.platform.skipped import grids_of, too_many_skipped
 
 
@@ -164,11 +165,14 @@ def offset_warning(layout: RawLayout, settings: Pretrain) -> str:
 
 
 def check_resources(settings: Pretrain, available: dict[str, float]) -> None:
-    """Refuse a run that would hang: workers that reserve every CPU leave Ray Data none to read with.
+    """Refuse a run that would hang: workers that reserve every CPU leave Ray Data none to read with. What a cluster that
+    brings nodes by itself will have is not known.
 
     Raises:
         InputError: with the sum.
     """
+    if autoscales():
+        return
     cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
     workers = settings.worker_range[0]
     wanted = workers * settings.cpus_per_worker + settings.data_cpus
