@@ -17,7 +17,7 @@ import ctypes, os, sys, threading, time
 from pathlib import Path
 from copernicus.platform.hang_watch import HangWatch
 
-def watch(rank=0, world_size=1, seconds=0.5, grace_s=1.0, **more):
+def watch(rank=0, world_size=1, seconds=0.5, grace_s=2.0, **more):
     return HangWatch(seconds, Path(sys.argv[1]), "first", rank, world_size, grace_s=grace_s, **more)
 """
 
@@ -32,7 +32,7 @@ def worker(folder: Path, body: str, *arguments: str) -> subprocess.Popen:
 def end(process: subprocess.Popen) -> tuple[int, str, str]:
     """Exit code, output, errors. A worker that hangs for good fails the test."""
     try:
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
@@ -87,7 +87,7 @@ def test_training_on_another_thread_than_the_first(tmp_path):
 
 def test_slow_but_moving(tmp_path):
     body = """
-    with watch(seconds=2.0) as watched:
+    with watch(seconds=2.0, grace_s=20.0) as watched:
         for _ in range(12):
             time.sleep(0.5)  # thrice the limit in all
             watched.progress()
