@@ -58,8 +58,8 @@ postgresql_programs() {
     if [ -f "$data/PG_VERSION" ]; then version=$(cat "$data/PG_VERSION"); fi
     # Debian and Ubuntu, Red Hat, then whatever is on PATH. Data made by one version need programs of the same.
     local found
-    found=$(ls -d "/usr/lib/postgresql/${version:-*}/bin" "/usr/pgsql-${version:-*}/bin" 2>/dev/null | sort -V | tail -n 1) || true
-    if [ -z "$found" ] && command -v initdb >/dev/null; then found=$(dirname "$(command -v initdb)"); fi
+    found=$(ls -d /usr/lib/postgresql/${version:-*}/bin /usr/pgsql-${version:-*}/bin 2>/dev/null | sort -V | tail -n 1) || true
+    if [ -z "$found" ] && command -v initdb >/dev/null; then found=$(dirname "$(readlink -f "$(command -v initdb)")"); fi
     [ -n "$found" ] || fail "no PostgreSQL${version:+ $version} here: install the distribution's package postgresql, or set COPERNICUS_DATABASE"
     echo "$found"
 }
