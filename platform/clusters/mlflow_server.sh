@@ -138,8 +138,13 @@ start_server() {
         exec setsid flock --no-fork --nonblock "$home/server.lock" bash -c '
             echo "$$" >server.pid
             while :; do
-                python -m mlflow server --host 127.0.0.1 --port "$1" --workers 2 \
+                # One process: with several, uvicorn kills those that a busy host lets wait for 5 s, at their start, too.
+                python -m mlflow server --host 127.0.0.1 --port "$1" --workers 1 \
                     --serve-artifacts --artifacts-destination "$2" || true
+                # What it left behind would hold the port.
+                for left in $(pgrep --pgroup "$$"); do
+                    [ "$left" = "$$" ] || kill -KILL "$left" 2>/dev/null || true
+                done
                 echo "$3"
                 sleep 2
             done' mlflow_server "$port" "$artifacts" "$ended" </dev/null >>"$log" 2>&1
