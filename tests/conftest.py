@@ -14,6 +14,8 @@ from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import Grid, grid_index, grid_key, grid_name, write_shards
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray Train asks its workers how they are every two seconds: most of a run of a few steps would be the wait for the next time.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 SIDES = {
     "s1_grd": 40,

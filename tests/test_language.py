@@ -199,8 +199,16 @@ def test_pretraining_uses_them_and_its_checkpoint_says_which(ray, shards, tmp_pa
         shards, epochs=1, sensors=["s5p_o3", "s5p_no2", "s5p_co"], image_size={n: s for n, s in SIZES.items() if "s5p" in n},
         language=str(words), workers=1,
     )  # fmt: skip
-    seen = []
-    result = pretrain(chosen, 0, tmp_path / "run", lambda *_: None, lambda *_: None, lambda p, *_: seen.append(p))
+    seen, rows = [], []
+    result = pretrain(
+        chosen,
+        0,
+        tmp_path / "run",
+        lambda _, metrics: rows.append(metrics),
+        lambda *_: None,
+        lambda p, *_: seen.append(p),
+    )
+    assert {k for k in rows[-1] if k.startswith("train/loss_")} == {f"train/loss_{name}" for name in chosen.sensors}
     assert seen[0].language.describe(NAMES) == f"sha256:{hashlib.sha256(words.read_bytes()).hexdigest()[:12]}"
     assert trained_language(result.checkpoint) == {
         **{n: hashlib.sha256(v.tobytes()).hexdigest()[:12] for n, v in VECTORS.items()},

@@ -26,7 +26,19 @@ WRAPPED = {
     "ray._private.worker": ["init"],
     "ray.train.v2.api.data_parallel_trainer": ["DataParallelTrainer.fit"],
 }  # fmt: skip
-IMPORTS = ("torch", "ray", "ray.data", "ray.train", "ray.tune", "mlflow", "optuna", "pyarrow", "rasterio", "scipy", "matplotlib")
+IMPORTS = (
+    "torch",
+    "ray",
+    "ray.data",
+    "ray.train",
+    "ray.tune",
+    "mlflow",
+    "optuna",
+    "pyarrow",
+    "rasterio",
+    "scipy",
+    "matplotlib",
+)
 IMPORTS_OF_OURS = tuple(name for name in WRAPPED if name.startswith("copernicus"))
 
 

@@ -98,8 +98,6 @@ def worker(rank: int, work: Work, address: str, folder: str) -> None:
     if rank == 0:
         seconds = np.diff(ended[work.skip - 1 :]).tolist()
         core_s = windows[1].since(windows[0]).cpu_s / len(seconds)
-        (Path(folder) / "result.json").write_text(
-            json.dumps({"seconds": seconds, "core_s": core_s, "losses": losses})
-        )
+        (Path(folder) / "result.json").write_text(json.dumps({"seconds": seconds, "core_s": core_s, "losses": losses}))
     if world_size > 1:
         dist.destroy_process_group()
