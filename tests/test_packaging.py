@@ -50,6 +50,13 @@ def test_in_a_checkout_datasets_is_still_the_installed_one(tmp_path):
     assert python(code, ROOT, tmp_path).split("\n") == ["the other one", "8"]
 
 
+def test_a_module_of_a_package_is_imported_without_all_public_names(tmp_path):
+    """Each worker process of a job would pay for torch and GDAL."""
+    heavy = "('torch', 'rasterio', 'h5py', 'copernicus.datasets.api')"
+    code = f"import sys; from copernicus.datasets import stores; print([m for m in {heavy} if m in sys.modules])"
+    assert python(code, tmp_path) == "[]"
+
+
 @pytest.mark.parametrize("name", ["models", "datasets"])
 def test_every_public_name_is_there_and_no_other(name):
     import importlib
