@@ -34,6 +34,27 @@ def difference(results: dict[str, list[Result]]) -> float:
     return max(max(step) - min(step) for step in zip(*runs, strict=True))
 
 
+def compared(title: str, results: dict[str, list[Result]]) -> Table:
+    table = Table(title=title)
+    for name in ("side", "mean s of each round", "median step, s", "core-s", "steps"):
+        table.add_column(name, justify="left" if name == "side" else "right")
+    for side, found in results.items():
+        table.add_row(
+            SIDES[side], "  ".join(f"{r.mean_s:.4f}" for r in found),
+            f"{statistics.median(s for r in found for s in r.seconds):.4f}",
+            f"{statistics.median(r.core_s for r in found):.4f}", str(len(found[0].seconds)),
+        )  # fmt: skip
+    plain, ours = results["plain"], results["ours"]
+    steps = [statistics.median(s for r in side for s in r.seconds) for side in (ours, plain)]
+    table.add_row(
+        "ratio", "  ".join(f"{o.mean_s / p.mean_s:.3f}" for o, p in zip(ours, plain, strict=True)),
+        f"{steps[0] / steps[1]:.3f}",
+        f"{statistics.median(r.core_s for r in ours) / statistics.median(r.core_s for r in plain):.3f}",
+    )  # fmt: skip
+    table.add_row(f"losses differ by {difference(results):.1e} at most")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
@@ -43,9 +64,6 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(width=140)
     console.print(f"{load()}, {available_bytes() / 1e9:.0f} GB of memory free")
-    table = Table(title="Steady state, one worker: seconds a step")
-    for name in ("model", "batch", "side", "mean s of each round", "median step, s", "core-s", "steps"):
-        table.add_column(name, justify="left" if name in ("model", "side") else "right")
     with tempfile.TemporaryDirectory(prefix="to") as name:
         folder = Path(name)
         shards = made(folder, arguments.grids)
@@ -56,21 +74,7 @@ def main() -> None:
                 for side in SIDES if number % 2 == 0 else reversed(SIDES):
                     with console.status(f"{model}: {SIDES[side]}, round {number + 1}"):
                         results[side].append(measure(side, asked, folder))
-            for side, found in results.items():
-                table.add_row(
-                    model, str(asked.batch_size), SIDES[side], "  ".join(f"{r.mean_s:.4f}" for r in found),
-                    f"{statistics.median(s for r in found for s in r.seconds):.4f}",
-                    f"{statistics.median(r.core_s for r in found):.4f}", str(len(found[0].seconds)),
-                )  # fmt: skip
-            plain, ours = results["plain"], results["ours"]
-            ratios = [o.mean_s / p.mean_s for o, p in zip(ours, plain, strict=True)]
-            steps = [statistics.median(s for r in side for s in r.seconds) for side in (ours, plain)]
-            table.add_row(
-                "", "", "ratio", "  ".join(f"{ratio:.3f}" for ratio in ratios), f"{steps[0] / steps[1]:.3f}",
-                f"{statistics.median(r.core_s for r in ours) / statistics.median(r.core_s for r in plain):.3f}",
-            )  # fmt: skip
-            table.add_row("", "", f"losses differ by {difference(results):.1e} at most", end_section=True)
-    console.print(table)
+            console.print(compared(f"{model}, batches of {asked.batch_size}, one worker: seconds a step", results))
     console.print(load())
 
 
