@@ -22,19 +22,12 @@ from copernicus.models.distillation import distillation_loss
 from copernicus.models.teacher import load_teacher
 from copernicus.platform.experiment import Distill
 from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, freeze_unreached
-from copernicus.platform.session import ray_session
 from copernicus.platform.to_device import tensors
 
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory) -> Path:
     return save_dinov2(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
 
 
 def distilling(**changes) -> Plan:

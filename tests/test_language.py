@@ -24,7 +24,6 @@ from copernicus.platform.experiment import Encoder, ExperimentError, Pretrain, S
 from copernicus.platform.language import language_warning, variables
 from copernicus.platform.objective import build_autoencoder
 from copernicus.platform.pretrain import pretrain
-from copernicus.platform.session import ray_session
 from copernicus.platform.sweep import cells, cells_language
 
 NAMES = ["Sentinel 5P Ozone", "Sentinel 5P Nitrogen Dioxide"]
@@ -185,12 +184,6 @@ def test_the_yaml_s_key_is_checked(tmp_path):
         yaml.write_text(text.format(value))
         found.add(load_experiment(yaml).fingerprint)
     assert len(found) == 3, "embeddings decide the results"
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
 
 
 def test_pretraining_uses_them_and_its_checkpoint_says_which(ray, shards, tmp_path):

@@ -25,7 +25,6 @@ from copernicus.platform.checkpoint import architecture
 from copernicus.platform.experiment import Model, Pretrain
 from copernicus.platform.objective import PerRowLoss, Plan, autocast_dtype, build_autoencoder, freeze_unreached, weigh
 from copernicus.platform.pretrain import PretrainFailed, check_resources, pretrain
-from copernicus.platform.session import ray_session
 from copernicus.platform.to_device import tensors
 
 TINY = Model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)  # fmt: skip
@@ -115,12 +114,6 @@ def test_too_few_cpus_are_refused_with_the_sum():
         check_resources(Pretrain(workers=2, cpus_per_worker=1.0), {"CPU": 2.0})
     with pytest.raises(InputError, match="GPU"):
         check_resources(Pretrain(workers=2, cpus_per_worker=0.5, gpus_per_worker=1.0), {"CPU": 8.0, "GPU": 1.0})
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
 
 
 def run(chosen: Pretrain, folder: Path):
