@@ -16,6 +16,7 @@ from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import Grid, grid_index, grid_key, grid_name, write_shards
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: two processes of tests share the cores
 
 SIDES = {
     "s1_grd": 40,
