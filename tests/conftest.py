@@ -94,6 +94,7 @@ def ray() -> Iterator[Any]:
     with ray_session(), pytest.MonkeyPatch.context() as patch:
         # Ray Train asks its workers how they are every two seconds: a run of a few steps mostly waits for the next time.
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a run, for nodes that are taken away
         import ray
 
         yield ray

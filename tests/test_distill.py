@@ -130,6 +130,8 @@ def test_a_run_learns_from_its_teacher(ray, shards, teacher_folder, tmp_path, mo
     assert val[-1] < val[0] - 0.05
     for _, metrics in rows:
         if "train/loss" in metrics:
+            parts = {"train/loss_s2_toa", "train/loss_s5p_o3", "train/loss_distill"}
+            assert {k for k in metrics if k.startswith("train/loss_")} == parts, "of the chosen sensors alone"
             sensors = (metrics["train/loss_s2_toa"] + metrics["train/loss_s5p_o3"]) / 2
             assert metrics["train/loss"] == pytest.approx(sensors + metrics["train/loss_distill"], rel=1e-5)
     last = next(metrics for _, metrics in reversed(rows) if "train/teacher_cached" in metrics)

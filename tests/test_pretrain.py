@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SIZES, make_grid
@@ -21,13 +23,17 @@ from copernicus.datasets.raw import read_layout
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.slices import DrawReader
 from copernicus.models import create_model, load_weights
-from copernicus.platform.checkpoint import architecture
+from copernicus.platform.checkpoint import architecture, trained_language
 from copernicus.platform.experiment import Model, Pretrain
 from copernicus.platform.objective import PerRowLoss, Plan, autocast_dtype, build_autoencoder, freeze_unreached, weigh
 from copernicus.platform.pretrain import PretrainFailed, check_resources, pretrain
 from copernicus.platform.to_device import tensors
 
 TINY = Model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)  # fmt: skip
+WORDS = {
+    f"Sentinel 5P {gas}": np.random.default_rng(len(gas)).standard_normal(2048).astype(np.float32)
+    for gas in ("Ozone", "Nitrogen Dioxide")
+}
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "index.json").read_text())
 
 
@@ -116,9 +122,9 @@ def test_too_few_cpus_are_refused_with_the_sum():
         check_resources(Pretrain(workers=2, cpus_per_worker=0.5, gpus_per_worker=1.0), {"CPU": 8.0, "GPU": 1.0})
 
 
-def run(chosen: Pretrain, folder: Path):
+def run(chosen: Pretrain, folder: Path, on_plan=lambda *_: None):
     rows: list[tuple[int, dict[str, float]]] = []
-    result = pretrain(chosen, 0, folder, lambda step, metrics: rows.append((step, metrics)), lambda *_: None)
+    result = pretrain(chosen, 0, folder, lambda step, metrics: rows.append((step, metrics)), lambda *_: None, on_plan)
     return result, rows
 
 
@@ -153,14 +159,16 @@ def test_a_published_run_trains_on_whole_grids_with_the_published_loss(ray, shar
 
 @pytest.fixture(scope="module")
 def trained(ray, shards, tmp_path_factory):
-    """A run of two workers: its settings, its folder, and what `run` gives."""
-    chosen = settings(shards, epochs=6, norm_pix_loss=False, activation_checkpointing=True)
-    folder = tmp_path_factory.mktemp("trained")
-    return chosen, folder, *run(chosen, folder)
+    """A run of two workers, with embeddings for two names: its settings, its folder, what `run` gives, and its plan."""
+    folder, plans = tmp_path_factory.mktemp("trained"), []
+    np.savez(folder / "words.npz", **WORDS)
+    given = {"norm_pix_loss": False, "activation_checkpointing": True, "language": str(folder / "words.npz")}
+    chosen = settings(shards, epochs=6, **given)
+    return chosen, folder, *run(chosen, folder, lambda plan, *_: plans.append(plan)), plans[0]
 
 
 def test_a_run_learns_and_its_checkpoint_loads(trained):
-    _, folder, result, rows = trained
+    _, folder, result, rows, _ = trained
     steps = [step for step, metrics in rows if "train/loss" in metrics]
     assert steps == list(range(1, result.steps + 1)), "each step's figures come once, in order"
     val = [metrics["val/loss"] for _, metrics in rows if "val/loss" in metrics]
@@ -180,11 +188,26 @@ def test_a_run_learns_and_its_checkpoint_loads(trained):
 
 def test_the_number_of_workers_changes_neither_batches_nor_gradients(trained, tmp_path):
     """One rank sees the same global batches as two, of grids with and without radar, and takes the same steps."""
-    chosen, _, result, of_two = trained
+    chosen, _, result, of_two, _ = trained
     _, of_one = run(dataclasses.replace(chosen, workers=1), tmp_path)
     losses = [[m["train/loss"] for _, m in rows if "train/loss" in m][:6] for rows in (of_one, of_two)]
     assert result.steps > len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_language_embeddings_are_used_and_the_checkpoint_says_which(trained):
+    chosen, folder, result, _, planned = trained
+    file = hashlib.sha256((folder / "words.npz").read_bytes()).hexdigest()
+    assert planned.language.describe(list(WORDS)) == f"sha256:{file[:12]}"
+    known = {name: hashlib.sha256(vector.tobytes()).hexdigest()[:12] for name, vector in WORDS.items()}
+    others = [s.variable for s in SENSORS.values() if s.variable and s.variable not in known]
+    assert len(others) == 3
+    assert trained_language(result.checkpoint) == known | dict.fromkeys(others, "stand-in")
+    for name, vector in WORDS.items():
+        assert np.array_equal(build_autoencoder(planned).language.vector(name).numpy(), vector)
+    assert build_autoencoder(plan(dataclasses.replace(chosen, language=None))).language.lacking(list(WORDS)) == list(
+        WORDS
+    )
 
 
 def damage(folder: Path, out: Path, victim: str, change) -> None:
