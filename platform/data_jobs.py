@@ -8,13 +8,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from copernicus.datasets.bench.tasks import TASKS, get_task
-from copernicus.datasets.bench.verify import find_tasks
 from copernicus.datasets.expand import expand
 from copernicus.datasets.index import GridIndex, default_path, to_index
 from copernicus.datasets.lookup import find_grid, parse_grid
@@ -22,8 +22,10 @@ from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.platform.indexing import update_index
 from copernicus.platform.progress import progress_bar
 from copernicus.platform.session import ray_session
-from copernicus.platform.verifying import NAMES, REST, Summary, check_place, verify_shards
-from copernicus.platform.verifying_bench import BenchSummary, verify_bench
+
+if TYPE_CHECKING:  # they bring torch and GDAL, seconds that an index, or a word about wrong input, need not wait for
+    from copernicus.platform.verifying import Summary
+    from copernicus.platform.verifying_bench import BenchSummary
 
 SHOWN = 10
 READ_ONLY = ("hf://", "http://", "https://")
@@ -110,6 +112,8 @@ def verify_command(places: Sequence[str], out: str, console: Console) -> int:
     Raises:
         InputError: neither shards nor tasks, or both.
     """
+    from copernicus.platform.verifying import check_place, verify_shards
+
     tasks = bench_tasks(places)
     check_place(out)
     if tasks:
@@ -130,6 +134,8 @@ def bench_tasks(places: Sequence[str]) -> list[tuple[str, Path]]:
     Raises:
         InputError: a folder holds neither, or some hold the one and some the other.
     """
+    from copernicus.datasets.bench.verify import find_tasks
+
     found: list[tuple[str, Path]] = []
     others = []
     for place in places:
@@ -151,6 +157,8 @@ def bench_tasks(places: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def _verify_bench(tasks: Sequence[tuple[str, Path]], out: str, console: Console) -> int:
+    from copernicus.platform.verifying_bench import verify_bench
+
     with writing(out), ray_session(), progress_bar(console, "verifying") as update:
         summary = verify_bench(tasks, out, update)
     console.print(by_split(summary))
@@ -177,6 +185,8 @@ def by_split(summary: BenchSummary) -> Table:
 
 def by_sensor(summary: Summary) -> Table:
     """Members by sensor: how many are sound, and what values they hold."""
+    from copernicus.platform.verifying import NAMES, REST
+
     table = Table(title=f"{summary.grids} grids in {summary.shards} shards")
     for column in ("sensor", "members", "ok", "faults", "notes", "finite", "values as stored"):
         table.add_column(column, justify="left" if column in ("sensor", "values as stored") else "right")

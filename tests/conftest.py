@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import Grid, grid_index, grid_key, grid_name, write_shards
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: two processes of tests share the cores
 
 SIDES = {
     "s1_grd": 40,
@@ -81,6 +84,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grids = (make_grid(i, ("s1_grd", "s5p_co") if i % 6 == 5 else ()) for i in range(24))
     write_shards(grids, folder, grids_per_shard=12)
     return folder
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """A Ray session for the tests of a file."""
+    from copernicus.platform.session import ray_session
+
+    with ray_session(), pytest.MonkeyPatch.context() as patch:
+        # Ray Train asks its workers how they are every two seconds: a run of a few steps mostly waits for the next time.
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a run, for nodes that are taken away
+        import ray
+
+        yield ray
 
 
 @pytest.fixture(scope="session")

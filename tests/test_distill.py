@@ -22,19 +22,12 @@ from copernicus.models.distillation import distillation_loss
 from copernicus.models.teacher import load_teacher
 from copernicus.platform.experiment import Distill
 from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, freeze_unreached
-from copernicus.platform.session import ray_session
 from copernicus.platform.to_device import tensors
 
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory) -> Path:
     return save_dinov2(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
 
 
 def distilling(**changes) -> Plan:
@@ -137,6 +130,8 @@ def test_a_run_learns_from_its_teacher(ray, shards, teacher_folder, tmp_path, mo
     assert val[-1] < val[0] - 0.05
     for _, metrics in rows:
         if "train/loss" in metrics:
+            parts = {"train/loss_s2_toa", "train/loss_s5p_o3", "train/loss_distill"}
+            assert {k for k in metrics if k.startswith("train/loss_")} == parts, "of the chosen sensors alone"
             sensors = (metrics["train/loss_s2_toa"] + metrics["train/loss_s5p_o3"]) / 2
             assert metrics["train/loss"] == pytest.approx(sensors + metrics["train/loss_distill"], rel=1e-5)
     last = next(metrics for _, metrics in reversed(rows) if "train/teacher_cached" in metrics)

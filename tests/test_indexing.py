@@ -18,13 +18,6 @@ from copernicus.datasets.index import index_shards, read_index, stamps, to_index
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import write_shard, write_shards
 from copernicus.platform.indexing import open_index, update_index
-from copernicus.platform.session import ray_session
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
 
 
 def quiet(done: float, total: float, note: str) -> None:

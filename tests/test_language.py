@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES
 from safetensors.torch import save_file
 from test_encode import TINY, run
 from test_pretrain import TINY as TINY_MODEL
-from test_pretrain import plan, settings
 from test_weights import model
 
 from copernicus.datasets.sensors import SENSORS, InputError
@@ -22,9 +20,6 @@ from copernicus.models import LanguageTable, load_weights
 from copernicus.platform.checkpoint import trained_language
 from copernicus.platform.experiment import Encoder, ExperimentError, Pretrain, Sweep, load_experiment
 from copernicus.platform.language import language_warning, variables
-from copernicus.platform.objective import build_autoencoder
-from copernicus.platform.pretrain import pretrain
-from copernicus.platform.session import ray_session
 from copernicus.platform.sweep import cells, cells_language
 
 NAMES = ["Sentinel 5P Ozone", "Sentinel 5P Nitrogen Dioxide"]
@@ -185,27 +180,3 @@ def test_the_yaml_s_key_is_checked(tmp_path):
         yaml.write_text(text.format(value))
         found.add(load_experiment(yaml).fingerprint)
     assert len(found) == 3, "embeddings decide the results"
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
-
-
-def test_pretraining_uses_them_and_its_checkpoint_says_which(ray, shards, tmp_path):
-    words = write(tmp_path / "words.npz", VECTORS)
-    chosen = settings(
-        shards, epochs=1, sensors=["s5p_o3", "s5p_no2", "s5p_co"], image_size={n: s for n, s in SIZES.items() if "s5p" in n},
-        language=str(words), workers=1,
-    )  # fmt: skip
-    seen = []
-    result = pretrain(chosen, 0, tmp_path / "run", lambda *_: None, lambda *_: None, lambda p, *_: seen.append(p))
-    assert seen[0].language.describe(NAMES) == f"sha256:{hashlib.sha256(words.read_bytes()).hexdigest()[:12]}"
-    assert trained_language(result.checkpoint) == {
-        **{n: hashlib.sha256(v.tobytes()).hexdigest()[:12] for n, v in VECTORS.items()},
-        "Sentinel 5P Carbon Monoxide": "stand-in",
-    }
-    built = build_autoencoder(seen[0])
-    assert np.array_equal(built.language.vector(NAMES[0]).numpy(), VECTORS[NAMES[0]])
-    assert build_autoencoder(plan(dataclasses.replace(chosen, language=None))).language.lacking(NAMES) == NAMES

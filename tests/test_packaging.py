@@ -50,6 +50,13 @@ def test_in_a_checkout_datasets_is_still_the_installed_one(tmp_path):
     assert python(code, ROOT, tmp_path).split("\n") == ["the other one", "8"]
 
 
+def test_a_module_of_a_package_is_imported_without_all_public_names(tmp_path):
+    """Each process of an indexing job, and each command that only says what is wrong, would pay for torch and GDAL."""
+    heavy = "('torch', 'rasterio', 'h5py', 'copernicus.datasets.api')"
+    code = "import sys; from copernicus.datasets import stores; from copernicus.platform import data_jobs, indexing; "
+    assert python(f"{code}print([m for m in {heavy} if m in sys.modules])", tmp_path) == "[]"
+
+
 @pytest.mark.parametrize("name", ["models", "datasets"])
 def test_every_public_name_is_there_and_no_other(name):
     import importlib

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SIZES, make_grid
@@ -19,18 +21,20 @@ from copernicus.datasets.miniature.raw import write_raw
 from copernicus.datasets.order import Order
 from copernicus.datasets.raw import read_layout
 from copernicus.datasets.sensors import SENSORS, InputError
-from copernicus.datasets.shards import write_shards
 from copernicus.datasets.slices import DrawReader
 from copernicus.models import create_model, load_weights
-from copernicus.platform.checkpoint import architecture
+from copernicus.platform.checkpoint import architecture, trained_language
 from copernicus.platform.experiment import Model, Pretrain
 from copernicus.platform.objective import PerRowLoss, Plan, autocast_dtype, build_autoencoder, freeze_unreached, weigh
 from copernicus.platform.pretrain import PretrainFailed, check_resources, pretrain
 from copernicus.platform.pretrain_worker import backward, split
-from copernicus.platform.session import ray_session
 from copernicus.platform.to_device import tensors
 
 TINY = Model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)  # fmt: skip
+WORDS = {
+    f"Sentinel 5P {gas}": np.random.default_rng(len(gas)).standard_normal(2048).astype(np.float32)
+    for gas in ("Ozone", "Nitrogen Dioxide")
+}
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "index.json").read_text())
 
 
@@ -147,25 +151,19 @@ def test_too_few_cpus_are_refused_with_the_sum():
     check_resources(Pretrain(workers=[1, 64], cpus_per_worker=1.0), {"CPU": 2.0})
 
 
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
-
-
-def run(chosen: Pretrain, folder: Path):
+def run(chosen: Pretrain, folder: Path, on_plan=lambda *_: None):
     rows: list[tuple[int, dict[str, float]]] = []
-    result = pretrain(chosen, 0, folder, lambda step, metrics: rows.append((step, metrics)), lambda *_: None)
+    result = pretrain(chosen, 0, folder, lambda step, metrics: rows.append((step, metrics)), lambda *_: None, on_plan)
     return result, rows
 
 
 def test_a_published_run_trains_on_whole_grids_with_the_published_loss(ray, shards, tmp_path):
     """The first step's loss against the model's own sum over sensors (which goldens pin), fed by hand."""
     given = settings(
-        shards, preset="published", require="all", metadata_drop=0.0, val_fraction=0.0, epochs=2, workers=1
+        shards, preset="published", require="all", metadata_drop=0.0, val_fraction=0.0, epochs=1, workers=1
     )
     result, rows = run(given, tmp_path)
-    assert result.samples == 2 * 20, "four of the 24 grids lack sensors"
+    assert result.samples == 20, "four of the 24 grids lack sensors"
     index = index_shards(str(shards)).having(given.sensors, "all")
     chosen = plan(given)
     batch = DrawReader(tuple(SENSORS.values()), SIZES, published=True).batch(
@@ -188,34 +186,57 @@ def test_a_published_run_trains_on_whole_grids_with_the_published_loss(ray, shar
         assert metrics[f"train/loss_{name}"] == pytest.approx(float(losses[name]), rel=1e-4), name
 
 
-def test_a_run_learns_and_its_checkpoint_loads(ray, shards, tmp_path):
-    result, rows = run(settings(shards, epochs=8, norm_pix_loss=False, activation_checkpointing=True), tmp_path)
+@pytest.fixture(scope="module")
+def trained(ray, shards, tmp_path_factory):
+    """A run of two workers, with embeddings for two names: its settings, its folder, what `run` gives, and its plan."""
+    folder, plans = tmp_path_factory.mktemp("trained"), []
+    np.savez(folder / "words.npz", **WORDS)
+    given = {"norm_pix_loss": False, "activation_checkpointing": True, "language": str(folder / "words.npz")}
+    chosen = settings(shards, epochs=6, **given)
+    return chosen, folder, *run(chosen, folder, lambda plan, *_: plans.append(plan)), plans[0]
+
+
+def test_a_run_learns_and_its_checkpoint_loads(trained):
+    _, folder, result, rows, _ = trained
     steps = [step for step, metrics in rows if "train/loss" in metrics]
     assert steps == list(range(1, result.steps + 1)), "each step's figures come once, in order"
     val = [metrics["val/loss"] for _, metrics in rows if "val/loss" in metrics]
-    assert len(val) == 1 + 8, "before training and after each epoch"
+    assert len(val) == 1 + 6, "before training and after each epoch"
     assert val[-1] < val[0] - 0.05
     assert result.samples == rows[-1][1]["train/samples_seen"]
-    assert result.samples % 8 == 0, "eight passes over all training grids"
+    assert result.samples % 6 == 0, "six passes over all training grids"
     assert {f"train/loss_{name}" for name in SENSORS} <= {k for _, metrics in rows for k in metrics}
     assert result.skipped == ()
     assert architecture(result.checkpoint) == ("copernicus_fm_base", {"embed_dim": 32, "depth": 2, "num_heads": 4})
     encoder = create_model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, global_pool=True)
     assert load_weights(encoder, result.checkpoint).complete
     assert torch.load(result.checkpoint, weights_only=True)["precision"] == "torch.float32"
-    kept = sorted(p.name for p in (tmp_path / "pretrain").glob("checkpoint_2*"))
+    kept = sorted(p.name for p in (folder / "pretrain").glob("checkpoint_2*"))
     assert len(kept) == 2, "keep_checkpoints"
 
 
-def test_the_number_of_workers_changes_neither_batches_nor_gradients(ray, shards, tmp_path):
-    """One rank and two see the same global batches, of grids with and without radar, and take the same steps."""
-    losses = {}
-    for workers in (1, 2):
-        chosen = settings(shards, workers=workers, epochs=2, val_fraction=0.0)
-        _, rows = run(chosen, tmp_path / str(workers))
-        losses[workers] = [metrics["train/loss"] for _, metrics in rows]
-    assert len(losses[1]) == 6
-    assert losses[1] == pytest.approx(losses[2], rel=1e-4)
+def test_the_number_of_workers_changes_neither_batches_nor_gradients(trained, tmp_path):
+    """One rank sees the same global batches as two, of grids with and without radar, and takes the same steps."""
+    chosen, _, result, of_two, _ = trained
+    _, of_one = run(dataclasses.replace(chosen, workers=1), tmp_path)
+    losses = [[m["train/loss"] for _, m in rows if "train/loss" in m][:6] for rows in (of_one, of_two)]
+    assert result.steps > len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_language_embeddings_are_used_and_the_checkpoint_says_which(trained):
+    chosen, folder, result, _, planned = trained
+    file = hashlib.sha256((folder / "words.npz").read_bytes()).hexdigest()
+    assert planned.language.describe(list(WORDS)) == f"sha256:{file[:12]}"
+    known = {name: hashlib.sha256(vector.tobytes()).hexdigest()[:12] for name, vector in WORDS.items()}
+    others = [s.variable for s in SENSORS.values() if s.variable and s.variable not in known]
+    assert len(others) == 3
+    assert trained_language(result.checkpoint) == known | dict.fromkeys(others, "stand-in")
+    for name, vector in WORDS.items():
+        assert np.array_equal(build_autoencoder(planned).language.vector(name).numpy(), vector)
+    assert build_autoencoder(plan(dataclasses.replace(chosen, language=None))).language.lacking(list(WORDS)) == list(
+        WORDS
+    )
 
 
 def damage(folder: Path, out: Path, victim: str, change) -> None:
@@ -273,7 +294,7 @@ def test_bad_members_are_counted_and_named_and_training_goes_on(ray, shards, tmp
     assert last["train/samples_seen"] == 48
 
     with pytest.raises(PretrainFailed, match=r"above pretrain.max_skipped=1.0%.*" + victim):
-        run(settings(tmp_path / "bad", val_fraction=0.0, max_skipped=0.01), tmp_path / "strict")
+        run(settings(tmp_path / "bad", val_fraction=0.0, max_skipped=0.01, workers=1), tmp_path / "strict")
 
 
 def test_a_truncated_shard_and_missing_json_count_before_training(ray, shards, tmp_path):
@@ -284,7 +305,7 @@ def test_a_truncated_shard_and_missing_json_count_before_training(ray, shards, t
         file.truncate(second.stat().st_size // 2)
     with pytest.raises(PretrainFailed, match=r"truncated_tar|missing_json"):
         run(settings(tmp_path / "bad", max_skipped=0.05), tmp_path / "strict")
-    result, rows = run(settings(tmp_path / "bad", max_skipped=0.5, epochs=1), tmp_path / "run")
+    result, rows = run(settings(tmp_path / "bad", max_skipped=0.5, epochs=1, workers=1), tmp_path / "run")
     assert {p.reason for p in result.skipped} >= {"truncated_tar", "missing_json"}
     assert rows[-1][1]["data/skipped_missing_json"] == 1
 
@@ -294,14 +315,6 @@ def test_an_empty_folder_is_wrong_input(tmp_path):
     with pytest.raises(InputError, match="none"):
         pretrain(settings(tmp_path / "none"), 0, tmp_path / "run", lambda *_: None, lambda *_: None)
     assert not (tmp_path / "run").exists()
-
-
-def test_sensors_can_be_chosen(ray, tmp_path):
-    write_shards((make_grid(i) for i in range(8)), tmp_path / "shards")
-    chosen = settings(tmp_path / "shards", sensors=["dem", "s1_grd"], val_fraction=0.0, epochs=1, workers=1)
-    result, rows = run(chosen, tmp_path / "run")
-    assert {k for k in rows[-1][1] if k.startswith("train/loss_")} == {"train/loss_dem", "train/loss_s1_grd"}
-    assert result.steps == 1
 
 
 @pytest.mark.slow

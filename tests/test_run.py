@@ -146,11 +146,17 @@ def final_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return torch.load(state["checkpoint"], weights_only=True)["model"]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, shards) -> dict[str, torch.Tensor]:
+    """What the experiment comes to when nobody disturbs it."""
+    folder = tmp_path_factory.mktemp("whole")
+    copernicus(folder, "run", str(pretraining(folder, shards, "whole")))
+    return final_weights(folder, "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(tmp_path, shards, how):
-    whole = pretraining(tmp_path, shards, "whole")
-    copernicus(tmp_path, "run", str(whole))
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(tmp_path, shards, uninterrupted, how):
     broken = pretraining(tmp_path, shards, "broken")
     process = subprocess.Popen(
         command("run", str(broken)),
@@ -189,6 +195,6 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(tmp_path, shards
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "copernicus")
     steps = [step for step, _ in tracker.history(tracker.find(interrupted[0]), "train/loss")]
     assert steps == list(range(1, steps[-1] + 1)), "every step's figures once, none lost"
-    expected, got = final_weights(tmp_path, "whole"), final_weights(tmp_path, "broken")
+    expected, got = uninterrupted, final_weights(tmp_path, "broken")
     assert expected.keys() == got.keys()
     assert [k for k in expected if not torch.equal(expected[k], got[k])] == []

@@ -10,17 +10,8 @@ from copernicus.datasets.index import index_shards
 from copernicus.datasets.order import Coverage, Order
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.slices import DrawReader
-from copernicus.platform.session import ray_session
 
 FEW = (SENSORS["s5p_no2"], SENSORS["dem"])
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        import ray
-
-        yield ray
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,6 @@ FEW = tuple(name for name in SENSORS if name not in ("s5p_co", "s5p_o3"))
 """Lacking: shards of two small members a grid."""
 
 
-@pytest.fixture(scope="module")
-def ray():
-    from copernicus.platform.session import ray_session
-
-    with ray_session():
-        yield
-
-
 def rows(report: Path) -> list[dict]:
     return pq.read_table(report).to_pylist()
 

@@ -28,7 +28,10 @@ def _package(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
 
     def __getattr__(attribute: str) -> Any:  # PEP 562
-        if attribute.startswith("__") or not (folder / "api.py").exists():
+        # A module that is not imported yet is asked for here first (``from copernicus.datasets import stores``): it is not
+        # to cost the import of all that has a public name.
+        is_module = (folder / f"{attribute}.py").exists() or (folder / attribute).is_dir()
+        if attribute.startswith("__") or is_module or not (folder / "api.py").exists():
             raise AttributeError(f"module {module.__name__!r} has no attribute {attribute!r}")
         api = importlib.import_module(f"{module.__name__}.api")
         if attribute not in api.__all__:
