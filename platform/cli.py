@@ -184,6 +184,29 @@ def ui(
     raise typer.Exit(0 if code in (0, -15, -2) else 1)
 
 
+@app.command()
+def doctor(
+    experiment: Annotated[
+        str | None, typer.Argument(help="Also what this experiment needs.", metavar="[EXPERIMENT.yaml]")
+    ] = None,
+    overrides: Overrides = None,
+    storage: Annotated[
+        str | None, typer.Option(help="The folder that all nodes share.", show_default="COPERNICUS_STORAGE")
+    ] = None,
+    tracking: Annotated[
+        str | None,
+        typer.Option(help="The MLflow store or server.", show_default="the experiment's, or MLFLOW_TRACKING_URI"),
+    ] = None,
+) -> None:
+    """Check this machine, or the Ray cluster that RAY_ADDRESS names: versions, access, storage, MLflow, GPUs, clocks.
+
+    Exit code 1 where something fails.
+    """
+    from copernicus.platform.doctor import doctor_command
+
+    raise typer.Exit(doctor_command(experiment and Path(experiment), overrides or [], storage, tracking, console()))
+
+
 @data.command()
 def miniature(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
