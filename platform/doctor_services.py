@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from copernicus.datasets.sensors import InputError
 from copernicus.platform import doctor_checks as checks
-from copernicus.platform.doctor_checks import FAIL, OK, UNKNOWN, Finding, over_nodes
+from copernicus.platform.doctor_checks import FAIL, LOOPBACK, OK, UNKNOWN, Finding, over_nodes
 from copernicus.platform.doctor_nodes import disk, existing, unauthenticated
 from copernicus.platform.tracking import mask
 
@@ -30,41 +32,52 @@ def authentication(alive: Sequence[dict[str, Any]], facts: dict[str, dict[str, A
     import ray
     from ray._private.worker import get_dashboard_url
 
+    sockets = [told["listening"] for told in facts.values()]
+
+    def beyond(port: int) -> bool:
+        return any(checks.beyond_loopback(heard, port) for heard in sockets)
+
     gcs = ray.get_runtime_context().gcs_address
     host, _, port = gcs.rpartition(":")
-    alone = all(node["NodeManagerAddress"] in checks.LOOPBACK for node in alive)
-    findings = [check_grpc("Ray's head service", gcs, GCS_METHOD, beyond=not alone)]
-    sockets = [told["listening"] for told in facts.values()]
-    refusing: set[int] = set()
+    findings = [check_grpc("Ray's head service", gcs, GCS_METHOD, beyond(int(port)))]
+    if any(p == CLIENT_PORT for heard in sockets for _, p in heard or ()):
+        findings.append(check_grpc("Ray client server", f"{host}:{CLIENT_PORT}", CLIENT_METHOD, beyond(CLIENT_PORT)))
+    pages, refusing = {MLFLOW_PORT: "MLflow", DASHBOARD_PORT: "dashboard"}, set()
     if dashboard := get_dashboard_url():
         url = dashboard if dashboard.startswith("http") else f"http://{dashboard}"
-        beyond = any(checks.beyond_loopback(heard, urlsplit(url).port or DASHBOARD_PORT) for heard in sockets)
-        findings.append(finding := check_job_api("job API", url, "/api/jobs/", beyond))
+        at = urlsplit(url).port or DASHBOARD_PORT
+        pages[at] = "dashboard"
+        findings.append(finding := check_job_api("job API", url, "/api/jobs/", beyond(at)))
         if finding.status == OK:
-            refusing.add(urlsplit(url).port or DASHBOARD_PORT)
+            refusing.add(at)
     else:
         findings.append(Finding("job API", OK, "this Ray has no dashboard"))
-    agents = {
-        f"http://{node['NodeManagerAddress']}:{port}"
-        for node in alive
-        if (port := node.get("DashboardAgentListenPort", -1)) > 0
-    }
-    told = [
-        check_job_api("nodes' job agents", url, "/api/job_agent/jobs/none/logs", not alone) for url in sorted(agents)
-    ]
-    bad = [finding for finding in told if finding.status != OK]
-    findings += bad or ([Finding("nodes' job agents", OK, f"{len(told)} refuse who has no token")] if told else [])
-    if any((a, p) for heard in sockets for a, p in heard or () if p == CLIENT_PORT):
-        findings.append(check_grpc("Ray client server", f"{host}:{CLIENT_PORT}", CLIENT_METHOD, beyond=not alone))
+    findings += job_agents(alive, beyond)
     by_variable = bool(os.environ.get("RAY_AUTH_TOKEN"))
     findings += over_nodes("token file", facts, lambda node: checks.judge_token_file(node["token file"], by_variable))
-    pages = {MLFLOW_PORT: "MLflow", DASHBOARD_PORT: "dashboard", **dict.fromkeys(refusing, "dashboard")}
-    if uri.startswith("http") and (
-        urlsplit(uri).hostname in {*checks.LOOPBACK, *(n["NodeManagerAddress"] for n in alive)}
-    ):
+    if uri.startswith("http") and urlsplit(uri).hostname in {*LOOPBACK, *(n["NodeManagerAddress"] for n in alive)}:
         pages[urlsplit(uri).port or 80] = "MLflow"
-    findings += over_nodes("open pages", facts, lambda node: checks.judge_ports(node, pages, refusing))
-    return findings
+    return findings + over_nodes("open pages", facts, lambda node: checks.judge_ports(node, pages, refusing))
+
+
+def job_agents(alive: Sequence[dict[str, Any]], beyond: Callable[[int], bool]) -> list[Finding]:
+    """Every node has a server that starts jobs for the head's; all listen on the node's address."""
+    name = "nodes' job agents"
+    places = {node["NodeManagerAddress"]: node.get("DashboardAgentListenPort", -1) for node in alive}
+    with ThreadPoolExecutor(16) as pool:  # those behind a firewall take seconds each
+        told = list(
+            pool.map(
+                lambda place: check_job_api(
+                    name, f"http://{place[0]}:{place[1]}", "/api/job_agent/jobs/none/logs", beyond(place[1])
+                ),
+                [place for place in places.items() if place[1] > 0],
+            )
+        )
+    bad = [finding for finding in told if finding.status != OK]
+    if len(bad) > 1:
+        worst = max(bad, key=lambda finding: checks.SEVERITY.index(finding.status))
+        return [dataclasses.replace(worst, found=f"{worst.found}; {len(bad)} of {len(told)} nodes")]
+    return bad or ([Finding(name, OK, f"{len(told)} refuse who has no token")] if told else [])
 
 
 def check_grpc(name: str, address: str, method: str, beyond: bool) -> Finding:
