@@ -82,16 +82,17 @@ class JobServer:
                         f"{self.address} refuses the token of {source}: it is another cluster's; `ray get-auth-token` on "
                         "the head prints this one's"
                     )
-            theirs = answer.json()["ray_version"] if answer.status_code == 200 else None
         except JobServerLost as error:
             raise InputError(
                 f"no Ray job server answers at {self.address} ({error}); give --cluster CLUSTER.yaml for one that `ray up` "
                 "has started, or --address"
             ) from None
+        try:
+            theirs = answer.json()["ray_version"]
         except (ValueError, KeyError, TypeError):
-            theirs = None
-        if theirs is None:
-            raise InputError(f"what answers at {self.address} is no Ray job server; give --address or --cluster")
+            raise InputError(
+                f"what answers at {self.address} is no Ray job server; give --address or --cluster"
+            ) from None
         ours = _ray_version()
         if theirs.split(".")[:2] != ours.split(".")[:2]:
             raise InputError(
