@@ -257,6 +257,10 @@ def doctor(
         str | None, typer.Argument(help="Also what this experiment needs.", metavar="[EXPERIMENT.yaml]")
     ] = None,
     overrides: Overrides = None,
+    cluster: Cluster = None,
+    address: Annotated[
+        str | None, typer.Option(help="The job server of a cluster, http://...", show_default="none: check here")
+    ] = None,
     storage: Annotated[
         str | None, typer.Option(help="The folder that all nodes share.", show_default="COPERNICUS_STORAGE")
     ] = None,
@@ -265,13 +269,13 @@ def doctor(
         typer.Option(help="The MLflow store or server.", show_default="the experiment's, or MLFLOW_TRACKING_URI"),
     ] = None,
 ) -> None:
-    """Check this machine, or the Ray cluster that RAY_ADDRESS names: versions, access, storage, MLflow, GPUs, clocks.
-
-    Exit code 1 where something fails.
-    """
+    """Check this machine (or the Ray cluster that RAY_ADDRESS names), or a cluster from outside: versions, access, storage,
+    MLflow, GPUs, clocks. Exit code 1 where something fails."""
     from copernicus.platform.doctor import doctor_command
+    from copernicus.platform.submit import Where
 
-    raise typer.Exit(doctor_command(experiment and Path(experiment), overrides or [], storage, tracking, console()))
+    given = None if experiment is None else Path(experiment)
+    raise typer.Exit(doctor_command(given, overrides or [], Where(cluster, address), storage, tracking, console()))
 
 
 @data.command()

@@ -124,7 +124,8 @@ def judge_ports(
     were seen to ask for a token."""
     if facts["listening"] is None:
         return Finding(name, UNKNOWN, "this system does not say what listens", "look with: lsof -nP -iTCP -sTCP:LISTEN")
-    world, network = set(), set()
+    world: set[str] = set()
+    network: set[str] = set()
     for address, port in facts["listening"]:
         parsed = ipaddress.ip_address(address)
         if port in ports and not parsed.is_loopback:
@@ -253,15 +254,15 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
-def judge_clock(offset: float, uncertainty: float, name: str = "clock", other: str = "the head's") -> Finding:
-    """``offset``: seconds that a clock is ahead of the other, known to +- ``uncertainty``."""
-    found = f"{abs(offset):.2g} s {'ahead of' if offset > 0 else 'behind'} {other} (+- {uncertainty:.2g} s)"
+def judge_clock(name: str, offset: float, uncertainty: float) -> Finding:
+    """``offset``: seconds that a clock is ahead of the head's, known to +- ``uncertainty``."""
+    found = f"{abs(offset):.2g} s {'ahead of' if offset > 0 else 'behind'} the head's (+- {uncertainty:.2g} s)"
     surely = abs(offset) - uncertainty
     if surely > WARN_SKEW_S:
         return Finding(
             name, FAIL if surely > FAIL_SKEW_S else WARN, found, "let NTP set it (chrony, systemd-timesyncd)"
         )
-    return Finding(name, OK, f"within {max(abs(offset) + uncertainty, 0.001):.2g} s of {other}")
+    return Finding(name, OK, f"within {max(abs(offset) + uncertainty, 0.001):.2g} s of the head's")
 
 
 def clock_offset(remote: Callable[[], float], now: Callable[[], float], tries: int = 5) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -54,11 +55,14 @@ class Probes:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         names = node_names(table)
+        probe: Any = ray.remote(Probe)
         self.actors = {
             # Several calls at once: one that hangs on a dead file server must not keep the others from answering.
-            names[node["NodeID"]]: ray.remote(num_cpus=0, max_concurrency=4)(Probe)
-            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-            .remote()
+            names[node["NodeID"]]: probe.options(
+                num_cpus=0,
+                max_concurrency=4,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            ).remote()
             for node in table
             if node["Alive"]
         }
@@ -122,12 +126,9 @@ def cluster_findings(asked: Asked, now: Callable[[str], None] = lambda check: No
     yield from room(asked.experiment, resources, ray.available_resources())
     yield from over_nodes("open files", facts, checks.judge_files)
     yield from over_nodes("shared memory", facts, checks.judge_shared_memory)
-    for disk in ("Ray's session", "spilled objects"):
-        yield from over_nodes(
-            disk,
-            facts,
-            lambda told, disk=disk: checks.judge_disk(disk, told["disks"][disk]) if disk in told["disks"] else None,
-        )
+    for name in ("Ray's session", "spilled objects"):
+        there = {node: told["disks"][name] for node, told in facts.items() if name in told["disks"]}
+        yield from over_nodes(name, there, functools.partial(checks.judge_disk, name))
     now("storage")
     yield from storage(asked, probes)
     if asked.experiment is not None:
@@ -148,7 +149,7 @@ def clocks(probes: Probes, nodes: Sequence[str]) -> list[Finding]:
             offsets[node] = {"clock": probes.clock(node)}
         except ray.exceptions.RayError as error:
             silent[node] = str(error).strip().splitlines()[0][:200]
-    judged = over_nodes("clocks", offsets, lambda told: checks.judge_clock(*told["clock"], name="clocks"))
+    judged = over_nodes("clocks", offsets, lambda told: checks.judge_clock("clocks", *told["clock"]))
     return [*judged, *silence("clocks", silent, "look at Ray's log there")]
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -229,15 +230,33 @@ def unauthenticated(url: str, seconds: float = HTTP_TIMEOUT_S) -> int:
     Raises:
         OSError: nothing answers.
     """
+    return _answer(url, seconds)[0]
+
+
+def answer_date(url: str, seconds: float = HTTP_TIMEOUT_S) -> float:
+    """When a server answered, by its own clock: whole seconds since 1970.
+
+    Raises:
+        OSError: nothing answers.
+        ValueError: it does not say.
+    """
+    date = _answer(url, seconds)[1]
+    if date is None:
+        raise ValueError("no Date in its answer")
+    return parsedate_to_datetime(date).timestamp()
+
+
+def _answer(url: str, seconds: float) -> tuple[int, str | None]:
+    """Status and Date of the answer to a request without a token."""
     import urllib.error
     import urllib.request
 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=seconds) as answer:
-            return int(answer.status)
+            return answer.status, answer.headers.get("Date")
     except urllib.error.HTTPError as error:
-        return error.code
+        return error.code, error.headers.get("Date")
 
 
 def _ray_folders() -> tuple[str | None, str | None]:

@@ -88,7 +88,7 @@ def check_grpc(name: str, address: str, method: str, beyond: bool) -> Finding:
         try:
             channel.unary_unary(method)(b"", timeout=CONNECT_S)
         except grpc.RpcError as error:
-            code = error.code()  # type: ignore[attr-defined]
+            code = error.code()
             if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return checks.check_refused(name, address, True, beyond, code.name)
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
@@ -131,7 +131,7 @@ def try_tracking(uri: str) -> Finding:
 
     from copernicus.platform.tracking import Tracker, one_line, store_errors
 
-    place = mask(uri)
+    place, errors = mask(uri), (InputError, OSError, SQLAlchemyError, *store_errors())
     if uri.startswith("sqlite:///") and not (path := Path(uri.removeprefix("sqlite:///")).absolute()).exists():
         room = checks.judge_disk("MLflow", disk(existing(str(path.parent))))
         told = f"{place} is made by the first run" if room.status == OK else room.found
@@ -154,7 +154,7 @@ def try_tracking(uri: str) -> Finding:
             return Finding("MLflow", FAIL, f"{place} gives back other values than were written", todo)
         _remove_files(tracker.client.get_run(run.id).info.artifact_uri, uri)
         return Finding("MLflow", OK, f"{place}: a run written, read and deleted; {1000 * took:.0f} ms a write")
-    except (InputError, OSError, SQLAlchemyError, *store_errors()) as error:
+    except errors as error:
         return Finding(
             "MLflow", FAIL, f"{place}: {one_line(error).removeprefix(f'tracking.uri: cannot use {place}: ')}", todo
         )

@@ -36,13 +36,14 @@ class Parcel:
         return f"gcs://_ray_pkg_{hashlib.sha1(self.content).hexdigest()}.zip"
 
 
-def pack(experiment: Path, commit: str) -> Parcel:
-    """The parcel of an experiment's YAML and the package that is imported, from an editable install or a wheel alike.
+def pack(experiment: Path | None, commit: str) -> Parcel:
+    """The parcel of an experiment's YAML, if any, and the package that is imported, from an editable install or a wheel
+    alike.
 
     Raises:
         InputError: it is larger than a job server takes; the message names what is large.
     """
-    entries = {EXPERIMENT: experiment.read_bytes(), COMMIT: f"{commit}\n".encode()}
+    entries = {COMMIT: f"{commit}\n".encode()} | ({EXPERIMENT: experiment.read_bytes()} if experiment else {})
     entries |= {name: file.read_bytes() for name, file in package_files()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

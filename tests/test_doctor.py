@@ -15,12 +15,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tracking_server import TrackingServer
 
+from copernicus.datasets.sensors import InputError
 from copernicus.platform import doctor, doctor_nodes
 from copernicus.platform import doctor_checks as checks
 from copernicus.platform.doctor_checks import FAIL, OK, UNKNOWN, WARN, Finding
@@ -34,6 +36,7 @@ from copernicus.platform.doctor_services import (
     try_tracking,
 )
 from copernicus.platform.experiment import load_experiment
+from copernicus.platform.submit import Where
 
 VERSIONS = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu", "mlflow": "3.17.2", "copernicus": "1a2b3c4d"}
 GB = 10**9
@@ -306,7 +309,7 @@ def test_the_skew_of_a_clock_lies_within_its_uncertainty(ahead, there, back):
     ("ahead", "way", "status"), [(0.2, 0.01, OK), (-1.5, 0.01, WARN), (31, 0.01, FAIL), (1.5, 2.0, OK)]
 )
 def test_a_skewed_clock(ahead, way, status):
-    finding = checks.judge_clock(*checks.clock_offset(*skewed(ahead, way, way)))
+    finding = checks.judge_clock("clocks", *checks.clock_offset(*skewed(ahead, way, way)))
     assert finding.status == status
     if ahead == -1.5:
         assert "1.5 s behind" in finding.found
@@ -490,11 +493,9 @@ def test_places_that_a_node_cannot_read(shards, tmp_path, experiment):
 
 
 def test_a_place_on_an_object_store(s3, shards):
-    bucket = s3.bucket()
     shard = sorted(Path(shards).glob("*.tar"))[0]
-    s3.put(f"{bucket}/a.tar", shard.read_bytes())
-    assert doctor_nodes.why_unreadable(f"s3://{bucket}/a.tar") == ""
-    assert "does not exist" in doctor_nodes.why_unreadable(f"s3://{bucket}/b.tar")
+    assert doctor_nodes.why_unreadable(s3.bucket.put("a.tar", shard.read_bytes())) == ""
+    assert "does not exist" in doctor_nodes.why_unreadable(f"s3://{s3.bucket.name}/b.tar")
 
 
 # MLflow
@@ -691,20 +692,19 @@ def test_lines_of_a_log_are_read_among_others():
     assert reader.done
 
 
-def test_a_check_that_hangs_is_ended_and_named():
+def test_a_check_that_hangs_is_ended_and_named(monkeypatch):
     """Something at RAY_ADDRESS takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{silent.getsockname()[1]}"}
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()
-        findings = list(doctor.run_here([], lambda check: None, environment, deadline=8))
+        findings = list(doctor.run_here([], lambda check: None, deadline=8))
     assert time.monotonic() - began < 50
     assert [f.status for f in findings] == [UNKNOWN]
     assert "no answer within 8 s" in findings[0].found
 
 
 def test_checks_that_end_by_themselves_are_told():
-    environment = os.environ | {"PYTHONSTARTUP": "", "COPERNICUS_STORAGE": ""}
-    findings = list(doctor.run_here(["--nonsense"], lambda check: None, environment))
+    findings = list(doctor.run_here(["--nonsense"], lambda check: None))
     assert [f.status for f in findings] == [FAIL]
     assert "unrecognized arguments: --nonsense" in findings[0].found
 
@@ -725,7 +725,6 @@ def test_the_table_names_what_fails(capsys):
     [
         (["none.yaml"], "none.yaml"),
         (["--storage", "relative"], "absolute path"),
-        (["--nonsense"], "No such option"),
     ],
 )
 def test_wrong_input_ends_with_2(arguments, says, tmp_path):
@@ -748,3 +747,88 @@ def test_the_command_finds_an_open_ray(tmp_path):
     assert "fail" in row
     assert "takes requests without a token" in row
     assert list(tmp_path.iterdir()) == []
+
+
+# From outside, as a client
+
+
+@pytest.mark.parametrize(("ahead", "status"), [(0, OK), (-5, WARN), (120, FAIL)])
+def test_a_clients_clock_against_a_servers(ahead, status, monkeypatch):
+    """A real server; the client's clock is what is wrong."""
+    real = time.time
+    with page(401) as url:
+        monkeypatch.setattr(doctor.time, "time", lambda: real() + ahead)
+        # The server's date comes from the same function: it keeps the right time.
+        monkeypatch.setattr(
+            http.server.BaseHTTPRequestHandler, "date_time_string", lambda self: formatdate(real(), usegmt=True)
+        )
+        findings = {finding.name: finding for finding in doctor.client_findings(url, local=True)}
+    assert findings["client's clock"].status == status
+    assert findings["job API from here"].status == OK
+    if ahead == 120:
+        assert "ahead of the head's" in findings["client's clock"].found
+
+
+def test_a_way_on_which_the_token_can_be_read():
+    with page(200) as url:
+        findings = {finding.name: finding for finding in doctor.client_findings(url, local=False)}
+    assert findings["way to the head"].status == WARN
+    assert findings["job API from here"].status == FAIL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"where": Where(address="http://127.0.0.1:1"), "tracking": "http://me:secret@host:5000"}, "holds a password"),
+        ({"where": Where(Path("none.yaml"))}, "no such file"),
+        ({"where": Where(Path("none.yaml"), "http://x")}, "not both"),
+        ({"overrides": ["a=b"]}, "give its YAML first"),
+    ],
+)
+def test_wrong_options(arguments, says):
+    given = {"experiment": None, "overrides": [], "where": Where(), "storage": None, "tracking": None} | arguments
+    with pytest.raises(InputError, match=says) as refused:
+        doctor.doctor_command(console=Console(), **given)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    findings = list(doctor.run_there(Where(address=f"http://127.0.0.1:{port}"), None, [], lambda check: None))
+    assert [f.status for f in findings if f.name == "job server"] == [FAIL]
+
+
+@pytest.mark.slow
+def test_a_cluster_from_outside(server, experiment, tmp_path, monkeypatch):
+    """A real head with a token: in order, then with a wrong token, a wrong experiment, and shared storage that is gone."""
+    from ray_head import ray_head
+
+    storage = tmp_path / "shared"
+    storage.mkdir()
+    with ray_head(storage, {"MLFLOW_TRACKING_URI": server.uri}) as head:
+        for variable in [v for v in os.environ if v.startswith(("RAY_", "MLFLOW_", "COPERNICUS_"))]:
+            monkeypatch.delenv(variable)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
+        where = Where(address=head.address)
+        told: list[str] = []
+        findings = list(doctor.run_there(where, experiment, [f"output={storage}/runs"], told.append))
+        named = by_name(findings)
+        for name in (
+            "job API from here", "client's clock", "client's versions", "Ray", "nodes", "versions", "clocks",
+            "Ray's head service", "Ray client server", "job API", "nodes' job agents", "token file", "room for the run", "shared storage", "data", "MLflow",
+        ):  # fmt: skip
+            assert [f.status for f in named[name]] == [OK], findings
+        assert server.uri in named["MLflow"][0].found
+        assert str(storage) in named["shared storage"][0].found
+        assert list(storage.iterdir()) == []
+        assert head.token not in str(findings)
+        assert "data" in told
+
+        storage.rmdir()
+        named = by_name(doctor.run_there(where, None, [], lambda check: None))
+        assert FAIL in {f.status for f in named["storage"] + named["shared storage"]}
+
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
+        named = by_name(doctor.run_there(where, None, [], lambda check: None))
+        assert "refuses the token" in named["job server"][0].found
