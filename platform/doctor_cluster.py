@@ -298,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def now(check: str) -> None:
         tell(now=check)
 
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     now("Ray")
     tell(versions=versions())
     address = os.environ.get("RAY_ADDRESS", "")

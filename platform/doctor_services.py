@@ -20,7 +20,7 @@ from copernicus.platform.doctor_checks import FAIL, LOOPBACK, OK, UNKNOWN, Findi
 from copernicus.platform.doctor_nodes import disk, existing, unauthenticated
 from copernicus.platform.tracking import mask
 
-CONNECT_S = 5.0
+CONNECT_S, AGENTS_S = 5.0, 10.0
 DASHBOARD_PORT, MLFLOW_PORT, CLIENT_PORT = 8265, 5000, 10001
 GCS_METHOD = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
 CLIENT_METHOD = "/ray.rpc.RayletDriver/ClusterInfo"
@@ -52,7 +52,7 @@ def authentication(alive: Sequence[dict[str, Any]], facts: dict[str, dict[str, A
             refusing.add(at)
     else:
         findings.append(Finding("job API", OK, "this Ray has no dashboard"))
-    findings += job_agents(alive, beyond)
+    findings += job_agents(ray.nodes, beyond)
     by_variable = bool(os.environ.get("RAY_AUTH_TOKEN"))
     findings += over_nodes("token file", facts, lambda node: checks.judge_token_file(node["token file"], by_variable))
     if uri.startswith("http") and urlsplit(uri).hostname in {*LOOPBACK, *(n["NodeManagerAddress"] for n in alive)}:
@@ -60,24 +60,34 @@ def authentication(alive: Sequence[dict[str, Any]], facts: dict[str, dict[str, A
     return findings + over_nodes("open pages", facts, lambda node: checks.judge_ports(node, pages, refusing))
 
 
-def job_agents(alive: Sequence[dict[str, Any]], beyond: Callable[[int], bool]) -> list[Finding]:
-    """Every node has a server that starts jobs for the head's; all listen on the node's address."""
+def job_agents(
+    table: Callable[[], Sequence[dict[str, Any]]], beyond: Callable[[int], bool], wait_s: float = AGENTS_S
+) -> list[Finding]:
+    """Every node has a server that starts the head's jobs there, on the node's own address. One that has just started does
+    not say yet where it listens (``table``: Ray's, of the nodes)."""
     name = "nodes' job agents"
-    places = {node["NodeManagerAddress"]: node.get("DashboardAgentListenPort", -1) for node in alive}
+    end = time.monotonic() + wait_s
+    while True:
+        ports = [(n["NodeManagerAddress"], n.get("DashboardAgentListenPort", -1)) for n in table() if n["Alive"]]
+        unknown = [address for address, port in ports if port <= 0]
+        if not unknown or time.monotonic() > end:
+            break
+        time.sleep(0.5)
+
+    def ask(place: tuple[str, int]) -> Finding:
+        address, port = place
+        return check_job_api(name, f"http://{address}:{port}", "/api/job_agent/jobs/none/logs", beyond(port))
+
     with ThreadPoolExecutor(16) as pool:  # those behind a firewall take seconds each
-        told = list(
-            pool.map(
-                lambda place: check_job_api(
-                    name, f"http://{place[0]}:{place[1]}", "/api/job_agent/jobs/none/logs", beyond(place[1])
-                ),
-                [place for place in places.items() if place[1] > 0],
-            )
-        )
+        told = list(pool.map(ask, [place for place in ports if place[1] > 0]))
+    if unknown:
+        todo = "look at dashboard_agent.log there"
+        told.append(Finding(name, UNKNOWN, f"{checks.some(unknown)}: the agent does not say where it listens", todo))
     bad = [finding for finding in told if finding.status != OK]
     if len(bad) > 1:
         worst = max(bad, key=lambda finding: checks.SEVERITY.index(finding.status))
-        return [dataclasses.replace(worst, found=f"{worst.found}; {len(bad)} of {len(told)} nodes")]
-    return bad or ([Finding(name, OK, f"{len(told)} refuse who has no token")] if told else [])
+        return [dataclasses.replace(worst, found=f"{worst.found}; {len(bad)} of {len(ports)} nodes")]
+    return bad or [Finding(name, OK, f"{len(told)} of {len(ports)} refuse who has no token")]
 
 
 def check_grpc(name: str, address: str, method: str, beyond: bool) -> Finding:
@@ -131,7 +141,8 @@ def try_tracking(uri: str) -> Finding:
 
     from copernicus.platform.tracking import Tracker, one_line, store_errors
 
-    place, errors = mask(uri), (InputError, OSError, SQLAlchemyError, *store_errors())
+    place = mask(uri)
+    errors: tuple[type[Exception], ...] = (InputError, OSError, SQLAlchemyError, *store_errors())
     if uri.startswith("sqlite:///") and not (path := Path(uri.removeprefix("sqlite:///")).absolute()).exists():
         room = checks.judge_disk("MLflow", disk(existing(str(path.parent))))
         told = f"{place} is made by the first run" if room.status == OK else room.found

@@ -33,6 +33,7 @@ from copernicus.platform.doctor_services import (
     check_grpc,
     check_job_api,
     check_tracking,
+    job_agents,
     try_tracking,
 )
 from copernicus.platform.experiment import load_experiment
@@ -211,6 +212,26 @@ def page(status: int):
 def test_a_job_api_that_takes_requests_without_a_token(status, beyond, judged):
     with page(status) as url:
         assert check_job_api("job API", url, "/api/jobs/", beyond).status == judged
+
+
+def test_nodes_whose_job_agents_are_open_or_unknown():
+    def node(url: str) -> dict:
+        address, _, port = url.removeprefix("http://").rpartition(":")
+        return {"Alive": True, "NodeManagerAddress": address, "DashboardAgentListenPort": int(port)}
+
+    with page(401) as closed, page(404) as open_one:
+        table = [node(closed), node(closed), {"Alive": False}]
+        (finding,) = job_agents(lambda: table, lambda port: True)
+        assert (finding.status, finding.found[:6]) == (OK, "2 of 2")
+        (finding,) = job_agents(lambda: [*table, node(open_one)], lambda port: True)
+        assert finding.status == FAIL
+        assert open_one in finding.found
+        (finding,) = job_agents(lambda: [*table, node("http://192.0.2.9:-1")], lambda port: True, wait_s=0.0)
+        assert finding.status == UNKNOWN
+        assert "192.0.2.9" in finding.found
+        answers = iter([[node("http://192.0.2.9:-1")], [node(open_one)]])  # one that has just started
+        (finding,) = job_agents(lambda: next(answers), lambda port: True)
+        assert finding.status == FAIL
 
 
 def test_a_job_api_that_does_not_answer():
