@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 
 from copernicus.datasets.sensors import InputError
 from copernicus.platform import doctor_checks as checks
-from copernicus.platform.doctor_checks import FAIL, LOOPBACK, OK, UNKNOWN, Finding, over_nodes
+from copernicus.platform.doctor_checks import FAIL, LOOPBACK, OK, UNKNOWN, WARN, Finding, over_nodes
 from copernicus.platform.doctor_nodes import disk, existing, unauthenticated
 from copernicus.platform.tracking import mask
 
-CONNECT_S, AGENTS_S = 5.0, 10.0
+CONNECT_S = 5.0
 DASHBOARD_PORT, MLFLOW_PORT, CLIENT_PORT = 8265, 5000, 10001
 GCS_METHOD = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
 CLIENT_METHOD = "/ray.rpc.RayletDriver/ClusterInfo"
@@ -52,7 +52,7 @@ def authentication(alive: Sequence[dict[str, Any]], facts: dict[str, dict[str, A
             refusing.add(at)
     else:
         findings.append(Finding("job API", OK, "this Ray has no dashboard"))
-    findings += job_agents(ray.nodes, beyond)
+    findings += job_agents(alive, beyond)
     by_variable = bool(os.environ.get("RAY_AUTH_TOKEN"))
     findings += over_nodes("token file", facts, lambda node: checks.judge_token_file(node["token file"], by_variable))
     if uri.startswith("http") and urlsplit(uri).hostname in {*LOOPBACK, *(n["NodeManagerAddress"] for n in alive)}:
@@ -60,19 +60,10 @@ def authentication(alive: Sequence[dict[str, Any]], facts: dict[str, dict[str, A
     return findings + over_nodes("open pages", facts, lambda node: checks.judge_ports(node, pages, refusing))
 
 
-def job_agents(
-    table: Callable[[], Sequence[dict[str, Any]]], beyond: Callable[[int], bool], wait_s: float = AGENTS_S
-) -> list[Finding]:
-    """Every node has a server that starts the head's jobs there, on the node's own address. One that has just started does
-    not say yet where it listens (``table``: Ray's, of the nodes)."""
+def job_agents(alive: Sequence[dict[str, Any]], beyond: Callable[[int], bool]) -> list[Finding]:
+    """Every node has a server that starts the head's jobs there, on the node's own address."""
     name = "nodes' job agents"
-    end = time.monotonic() + wait_s
-    while True:
-        ports = [(n["NodeManagerAddress"], n.get("DashboardAgentListenPort", -1)) for n in table() if n["Alive"]]
-        unknown = [address for address, port in ports if port <= 0]
-        if not unknown or time.monotonic() > end:
-            break
-        time.sleep(0.5)
+    ports = [(node["NodeManagerAddress"], node["DashboardAgentListenPort"]) for node in alive]
 
     def ask(place: tuple[str, int]) -> Finding:
         address, port = place
@@ -80,9 +71,9 @@ def job_agents(
 
     with ThreadPoolExecutor(16) as pool:  # those behind a firewall take seconds each
         told = list(pool.map(ask, [place for place in ports if place[1] > 0]))
-    if unknown:
-        todo = "look at dashboard_agent.log there"
-        told.append(Finding(name, UNKNOWN, f"{checks.some(unknown)}: the agent does not say where it listens", todo))
+    if off := [address for address, port in ports if port <= 0]:  # Ray's way to say that it could not listen
+        todo = "no job can start there; is its port taken, by another Ray? See dashboard_agent.log"
+        told.append(Finding(name, WARN, f"none on {checks.some(off)}", todo))
     bad = [finding for finding in told if finding.status != OK]
     if len(bad) > 1:
         worst = max(bad, key=lambda finding: checks.SEVERITY.index(finding.status))

@@ -214,24 +214,21 @@ def test_a_job_api_that_takes_requests_without_a_token(status, beyond, judged):
         assert check_job_api("job API", url, "/api/jobs/", beyond).status == judged
 
 
-def test_nodes_whose_job_agents_are_open_or_unknown():
+def test_nodes_whose_job_agents_are_open_or_off():
     def node(url: str) -> dict:
         address, _, port = url.removeprefix("http://").rpartition(":")
-        return {"Alive": True, "NodeManagerAddress": address, "DashboardAgentListenPort": int(port)}
+        return {"NodeManagerAddress": address, "DashboardAgentListenPort": int(port)}
 
     with page(401) as closed, page(404) as open_one:
-        table = [node(closed), node(closed), {"Alive": False}]
-        (finding,) = job_agents(lambda: table, lambda port: True)
+        table = [node(closed), node(closed)]
+        (finding,) = job_agents(table, lambda port: True)
         assert (finding.status, finding.found[:6]) == (OK, "2 of 2")
-        (finding,) = job_agents(lambda: [*table, node(open_one)], lambda port: True)
+        (finding,) = job_agents([*table, node("http://192.0.2.9:-1")], lambda port: True)
+        assert (finding.status, finding.found) == (WARN, "none on 192.0.2.9")
+        (finding,) = job_agents([*table, node("http://192.0.2.9:-1"), node(open_one)], lambda port: True)
         assert finding.status == FAIL
         assert open_one in finding.found
-        (finding,) = job_agents(lambda: [*table, node("http://192.0.2.9:-1")], lambda port: True, wait_s=0.0)
-        assert finding.status == UNKNOWN
-        assert "192.0.2.9" in finding.found
-        answers = iter([[node("http://192.0.2.9:-1")], [node(open_one)]])  # one that has just started
-        (finding,) = job_agents(lambda: next(answers), lambda port: True)
-        assert finding.status == FAIL
+        assert finding.found.endswith("2 of 4 nodes")
 
 
 def test_a_job_api_that_does_not_answer():
@@ -619,16 +616,10 @@ def test_a_session_in_order(ray_here, experiment, server, tmp_path):
     asked = Asked(load_experiment(experiment), str(tmp_path), server.uri)
     findings = by_name(cluster_findings(asked, told.append))
     # The rest (disks, memory, open files, the token's mode) is as this machine is.
-    for name in (
-        "nodes",
-        "versions",
-        "clocks",
-        "Ray's head service",
-        "job API",
-        "nodes' job agents",
-        "room for the run",
-    ):
+    for name in ("nodes", "versions", "clocks", "Ray's head service", "job API", "room for the run"):
         assert [f.status for f in findings[name]] == [OK], findings[name]
+    # Its port may be taken by another Ray on this machine.
+    assert [f.status for f in findings["nodes' job agents"]] in ([OK], [WARN])
     for name in ("shared storage", "data", "MLflow"):
         assert [f.status for f in findings[name]] == [OK], findings[name]
     assert {
