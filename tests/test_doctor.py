@@ -26,7 +26,7 @@ from copernicus.datasets.sensors import InputError
 from copernicus.platform import doctor, doctor_nodes
 from copernicus.platform import doctor_checks as checks
 from copernicus.platform.doctor_checks import FAIL, OK, UNKNOWN, WARN, Finding
-from copernicus.platform.doctor_cluster import MARK, Asked, cluster_findings, data_places, ray_reachable, room
+from copernicus.platform.doctor_cluster import MARK, Asked, cluster_findings, data, data_places, ray_reachable, room
 from copernicus.platform.doctor_services import (
     CLIENT_METHOD,
     GCS_METHOD,
@@ -650,16 +650,14 @@ def test_a_session_where_things_are_broken(ray_here, experiment, tmp_path, monke
         findings = by_name(cluster_findings(Asked(loaded, "/proc", uri)))
     for name in ("versions", "room for the run", "storage", "data", "MLflow", "open pages"):
         assert FAIL in {f.status for f in findings[name]}, (name, findings[name])
-    findings = by_name(
-        cluster_findings(
-            replace(
-                Asked(),
-                storage=None,
-                experiment=replace(loaded, pretrain=replace(loaded.pretrain, shards=["/none.tar"])),
-            )
-        )
-    )
-    assert "/none.tar does not exist" in findings["data"][0].found
+
+
+def test_shards_that_are_nowhere(experiment):
+    loaded = load_experiment(experiment)
+    gone = replace(loaded, pretrain=replace(loaded.pretrain, shards=["/none.tar"]))
+    (finding,) = data(gone, probes=None)
+    assert finding.status == FAIL
+    assert "/none.tar does not exist" in finding.found
 
 
 def test_a_node_that_does_not_answer(ray_here):
