@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import re
 import types
 import typing
@@ -276,11 +277,17 @@ WITHOUT_EFFECT = (
 PUBLISHED: dict[str, Any] = {"require": "all", "metadata_drop": 0.0, "precision": "float32"}
 """Defaults of ``pretrain.preset: published``."""
 SECTIONS = {"pretrain": ("pretrain",), "sweep": ("sweep",), "pipeline": ()}
+UNSET = re.compile(r"\$\{oc\.env:(\w+)\}")
+"""An environment variable without a default."""
 NESTED = {"encoders": Encoder, "search": Space}
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(path: str | Path, overrides: Sequence[str] = (), on_paper: bool = False) -> Experiment:
     """Read, override (``section.key=value``), resolve and validate an experiment.
+
+    Args:
+        on_paper: to plan it, not to run it: the files that it names need not be here, and environment variables that
+            name them need not be set.
 
     Raises:
         ExperimentError: anything wrong with the file, a key, a type or a value; or a file it names does not exist.
@@ -291,6 +298,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise ExperimentError(f"{source}: {reason}; give the path of an experiment YAML (see experiments/)") from None
+    if on_paper:
+        text = UNSET.sub(lambda found: found[0] if found[1] in os.environ else found[1], text)
     try:
         given = OmegaConf.create(text)
     except yaml.YAMLError as error:
@@ -332,7 +341,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     from copernicus.datasets.bench import select_tasks
     from copernicus.platform.validation import validate  # which reads the schema above
 
-    validate(experiment, source)
+    validate(experiment, source, on_paper)
     if experiment.sweep is not None:
         named = dataclasses.replace(experiment.sweep, tasks=select_tasks(experiment.sweep.tasks))
         experiment = dataclasses.replace(experiment, sweep=named)

@@ -20,8 +20,9 @@ from copernicus.models.zoo import ENCODERS, ZOO, check_encoder
 from copernicus.platform.experiment import PROTOCOLS, QUICK, SCALES, SECTIONS, Experiment, ExperimentError, Model
 
 
-def validate(e: Experiment, source: str) -> None:
-    """What the types of the schema do not say: choices, ranges, files that must be there, sizes that must fit.
+def validate(e: Experiment, source: str, on_paper: bool = False) -> None:
+    """What the types of the schema do not say: choices, ranges, files that must be there (but not ``on_paper``), sizes that
+    must fit.
 
     Raises:
         ExperimentError: the first thing that is wrong, with its path.
@@ -85,6 +86,8 @@ def validate(e: Experiment, source: str) -> None:
                     raise wrong("miniature.tasks", f"lacks {swept}, which sweep.tasks looks for in {e.sweep.data}")
 
     def exists(path: str, value: str) -> None:
+        if on_paper:
+            return
         here = Path(value).absolute()
         if not any(here == m or m in here.parents for m in made) and not here.exists():
             raise wrong(path, f"no such file or folder: {value}")
