@@ -62,7 +62,7 @@ H100_PEAK_GB = Constant(25.4, MEASURED, "LOG.md 2026-11-26, an H100: peak memory
 CPU_STEP_S = Constant(12.72, MEASURED, "LOG.md 2026-11-26: base, batch 4, float32, two cores of an AMD EPYC (Zen 3)")
 CPU_BATCH, CPU_CORES = 4, 2
 
-READ_MS_PER_MB = Constant(1.27, MEASURED, "LOG.md 2026-11-26 (plan_accuracy.py), one core, page cache")
+READ_MS_PER_MB = Constant(1.47, MEASURED, "LOG.md 2026-11-26 (plan_accuracy.py), one core, page cache")
 READ_MS = Constant(
     5.0, MEASURED, "LOG.md 2026-11-26 (plan_accuracy.py), one core, page cache: 14.5 ms a sample at full size"
 )

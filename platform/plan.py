@@ -7,6 +7,7 @@ checkpoints in `model_memory.py`, what is read in `plan_data.py`, the table in `
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -299,10 +300,7 @@ def node_traffic(size: ModelSize, parallel: str, workers: int, nodes: int) -> fl
 def activation_bytes(settings: Pretrain, shape: Shape, shown: Sequence[Image], size: ModelSize, batch: int) -> float:
     """What a step keeps for its backward pass, beside `ModelSize.state_bytes`: so many bytes for each number of a block's
     tokens as the measured step kept, twice that in float32; and bf16's copy of the parameters."""
-    measured, _ = _measured_step(H100_BATCH, MEASURED_BANDS)
-    base = model_size("copernicus_fm_base", {}, TEACHER_DIM)
-    rest = H100_PEAK_GB.value * 1e9 - base.state_bytes("ddp", 1)[0] - 2 * base.parameters
-    each = rest / (H100_BATCH * _block_numbers(BASE, measured, RGB_SENSOR.image_size))
+    each = _bytes_a_number()
     half = settings.precision != "float32"
     rgb_side = settings.image_size.get(RGB_SENSOR.name, RGB_SENSOR.image_size) if settings.distill else 0
     numbers = _block_numbers(shape, shown, rgb_side)
@@ -311,6 +309,15 @@ def activation_bytes(settings: Pretrain, shape: Shape, shown: Sequence[Image], s
         # Each block's input alone, float32, and all of one block.
         kept = batch * numbers * 4 + kept / (shape.depth + shape.decoder_depth)
     return kept + (2 * size.parameters if half else 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _bytes_a_number() -> float:
+    """Of the measured step's memory: what is neither state nor bf16's copy, for each number that enters a block."""
+    measured, _ = _measured_step(H100_BATCH, MEASURED_BANDS)
+    base = model_size("copernicus_fm_base", {}, TEACHER_DIM)
+    rest = H100_PEAK_GB.value * 1e9 - base.state_bytes("ddp", 1)[0] - 2 * base.parameters
+    return rest / (H100_BATCH * _block_numbers(BASE, measured, RGB_SENSOR.image_size))
 
 
 def _block_numbers(shape: Shape, shown: Sequence[Image], student_side: int) -> float:

@@ -34,7 +34,7 @@ from copernicus.platform.measured import ASSUMED, ATMOSPHERE_DATES, COUNTED, GRI
 
 SURVEYED = 8
 """Shards whose headers are read where there is no index; the others are taken to be like them."""
-DRAWN = 256
+DRAWN = 64
 """Grids whose first draw is laid out: the mean of their bytes stands for all."""
 
 

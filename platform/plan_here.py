@@ -15,13 +15,17 @@ from copernicus.platform.measured import MEASURED
 from copernicus.platform.objective import autocast_dtype
 from copernicus.platform.plan import Rate, images, step_parts
 
-SECONDS = 6.0
-LARGEST = 64
+SECONDS = 4.0
+LONGEST_S = 2.0
+"""Of a step: with larger batches than take so long, a sample is taken to cost the same."""
 
 
-def measure_here(settings: Pretrain, threads: int = 1) -> Rate:
-    """A worker's rate on this machine: its GPU, or by ``threads`` CPU threads its ``cpus_per_worker``. Two batch sizes tell what a step costs anyway
-    from what each sample does. Blocks are not compiled, whatever the experiment says.
+def measure_here(settings: Pretrain, batch: int, threads: int = 1) -> Rate:
+    """A worker's rate on this machine: its GPU, or by ``threads`` CPU threads its ``cpus_per_worker``. Blocks are not
+    compiled, whatever the experiment says.
+
+    Args:
+        batch: samples of a worker in a step.
 
     Raises:
         InputError: a precision that this machine does not have.
@@ -31,23 +35,17 @@ def measure_here(settings: Pretrain, threads: int = 1) -> Rate:
     torch.set_num_threads(threads)
     try:
         step = _stepper(settings, device)
-        step(1)
-        one, small = _seconds(step, 1, device), 1
-        # As many samples as a step of about a second takes.
-        large = max(2, min(LARGEST, int(1.0 / one) + 1))
-        many = _seconds(step, large, device)
+        one = _seconds(step, 1, device)
+        tried = min(batch, max(1, int(LONGEST_S / one)))
+        seconds = one if tried == 1 else _seconds(step, tried, device)
     finally:
         torch.set_num_threads(before)
-    _, parts, teacher = step_parts(settings)
-    flops = [training_flops(parts, b, settings.activation_checkpointing) + b * teacher for b in (small, large)]
-    rate = (flops[1] - flops[0]) / max(many - one, 1e-9)
-    idle = one - flops[0] / rate
-    if idle < 0:  # as noise would have it
-        rate, idle = flops[1] / many, 0.0
-    if device.type == "cpu":  # a worker has a share of them
-        rate, idle = rate * settings.cpus_per_worker / threads, idle * threads / settings.cpus_per_worker
+    _, parts, _ = step_parts(settings)
+    rate = training_flops(parts, tried, settings.activation_checkpointing) / seconds
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} CPU threads"
-    return Rate(rate, idle, MEASURED, f"{name} here, {large} samples a step, blocks not compiled")
+    if device.type == "cpu":  # a worker has a share of them
+        rate *= settings.cpus_per_worker / threads
+    return Rate(rate, 0.0, MEASURED, f"{name} here, steps of {tried} samples, blocks not compiled")
 
 
 def _stepper(settings: Pretrain, device: torch.device) -> Callable[[int], None]:
@@ -80,7 +78,7 @@ def _seconds(step: Callable[[int], None], batch: int, device: torch.device) -> f
     """Median seconds of a step, after one that is not counted."""
     step(batch)
     taken: list[float] = []
-    while not taken or (sum(taken) < SECONDS / 2 and len(taken) < 50):
+    while not taken or (sum(taken) < SECONDS / 2 and len(taken) < 100):
         if device.type == "cuda":
             torch.cuda.synchronize()
         # Other processes do not count on a CPU.

@@ -6,6 +6,7 @@ Shapes: D encoder width, h w token grid, K outputs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from copernicus.datasets.bench import get_task
-from copernicus.datasets.bench.task import Task
 from copernicus.models.blocks import default_levels
 from copernicus.models.flops import Image, Shape, encoder
 from copernicus.models.patches import token_grid
@@ -167,16 +167,18 @@ def plan_cell(cell: Cell, settings: Sweep) -> CellPlan:
     head = probe_s = 0.0
     if task.dense and dim:
         samples = runs * epochs * (TRAINED * splits["train"] + splits["val"])
-        head = samples * head_flops(task, settings, [dim] * levels, tokens)
+        head = samples * head_flops(cell.task, settings.head, (dim,) * levels, tokens)
     elif cell.protocol not in QUICK:
         probe_s = runs * epochs * PROBE_EPOCH_S.value * splits["train"] * dim / PROBE_EPOCH_NUMBERS
     return CellPlan(cell, runs, passes, kept, forward * worked, head, probe_s)
 
 
-def head_flops(task: Task, settings: Sweep, dims: list[int], grid: tuple[int, int]) -> float:
+@functools.lru_cache(maxsize=256)
+def head_flops(task_name: str, kind: str, dims: tuple[int, ...], grid: tuple[int, int]) -> float:
     """Forward operations of a dense task's head for one sample, as torch counts them on tensors without memory."""
-    chosen: ProbeSettings = ProbeSettings.for_task(task, head=settings.head)
-    head = make_head(dims, task, chosen, seed=0).to("meta").eval()
+    task = get_task(task_name)
+    with torch.device("meta"):
+        head = make_head(dims, task, ProbeSettings.for_task(task, head=kind), seed=0).eval()
     levels = [torch.empty(1, dim, *grid, device="meta") for dim in dims]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         head(levels, grid)

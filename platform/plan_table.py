@@ -166,7 +166,8 @@ def plan_command(
     cluster = cluster_of(given, gpu, workers, per_node, read_rate, network, price, spot_price, None)
     if gpu == "here":
         with console.status("measuring this machine"):
-            rate = measure_here(pretrain or Pretrain())
+            batch = -(-pretrain.batch_size // cluster.workers) if pretrain else 1
+            rate = measure_here(pretrain or Pretrain(), batch)
         cluster = dataclasses.replace(cluster, gpu="cpu" if "CPU" in rate.source else gpu, rate=rate)
     where = f"{cluster.workers} x {gpu}"
     if pretrain is not None:

@@ -151,7 +151,7 @@ def main() -> None:
             ran = run_smoke(folder, overrides)
         experiment = load_experiment(SMOKE, overrides)
         assert experiment.pretrain is not None
-        constants, here = planned(experiment, None), planned(experiment, measure_here(experiment.pretrain))
+        constants, here = planned(experiment, None), planned(experiment, measure_here(experiment.pretrain, 4))
         index = index_shards(str(folder / "miniature" / "pretrain"))
         reader = DrawReader(
             tuple(SENSORS.values()), {s.name: experiment.pretrain.image_size[s.name] for s in SENSORS.values()}, 0
