@@ -31,7 +31,7 @@ _shapes_only = contextvars.ContextVar("shapes_only", default=False)
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Models made inside have shapes but no memory: their parameters stay on the meta device."""
+    """Models made inside have shapes but no numbers: encoders' parameters stay on the meta device, heads' are not filled."""
     token = _shapes_only.set(True)
     try:
         yield
@@ -48,6 +48,8 @@ def generator(seed: int, name: str) -> torch.Generator:
 @torch.no_grad()
 def fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     """Normal with mean 0, in place, keyed by the seed and the name."""
+    if _shapes_only.get():
+        return
     parameter.normal_(0.0, std, generator=generator(seed, name))
 
 

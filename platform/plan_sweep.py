@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from copernicus.datasets.bench import get_task
 from copernicus.models.blocks import default_levels
 from copernicus.models.flops import Image, Shape, encoder
+from copernicus.models.initialise import shapes_only
 from copernicus.models.patches import token_grid
 from copernicus.models.zoo import ZOO
 from copernicus.platform.cell import Cell
@@ -31,7 +32,7 @@ from copernicus.platform.measured import (
     TRIAL_S,
 )
 from copernicus.platform.plan import Cluster, Rate, processor_rate
-from copernicus.platform.plan_table import Line, size, span
+from copernicus.platform.plan_table import Line, nodes, size, span
 from copernicus.platform.probe import ProbeSettings, make_head
 
 TRAINED = 3
@@ -177,8 +178,8 @@ def plan_cell(cell: Cell, settings: Sweep) -> CellPlan:
 def head_flops(task_name: str, kind: str, dims: tuple[int, ...], grid: tuple[int, int]) -> float:
     """Forward operations of a dense task's head for one sample, as torch counts them on tensors without memory."""
     task = get_task(task_name)
-    with torch.device("meta"):
-        head = make_head(dims, task, ProbeSettings.for_task(task, head=kind), seed=0).eval()
+    with shapes_only():
+        head = make_head(dims, task, ProbeSettings.for_task(task, head=kind), seed=0).to("meta").eval()
     levels = [torch.empty(1, dim, *grid, device="meta") for dim in dims]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         head(levels, grid)
@@ -216,7 +217,7 @@ def sweep_lines(plan: SweepPlan) -> list[list[Line]]:
     passes += [Line(f"  {cell.cell.key}", size(cell.kept)) for cell in largest if cell.kept]
     dense = any(cell.head_flops for cell in plan.cells)
     time = [
-        Line("workers", f"{cluster.workers} on {cluster.nodes} nodes", GIVEN),
+        Line("workers", f"{cluster.workers} on {nodes(cluster.nodes)}", GIVEN),
         Line("encoders, of one worker", span(plan.encoding_s), plan.encoder_rate.status, plan.encoder_rate.source),
         Line("heads, of one worker", span(plan.heads_s), plan.head_rate.status if dense else PROBE_EPOCH_S.status,
              plan.head_rate.source if dense else PROBE_EPOCH_S.source),
@@ -226,5 +227,5 @@ def sweep_lines(plan: SweepPlan) -> list[list[Line]]:
     for name, price in (("cost", cluster.price), ("cost, spot", cluster.spot_price)):
         if price is not None:
             cost = price * plan.hours * cluster.nodes
-            time.append(Line(name, f"{cost:,.0f}", GIVEN, f"{price:g} a node hour, {cluster.nodes} nodes"))
+            time.append(Line(name, f"{cost:,.0f}", GIVEN, f"{price:g} a node hour, {nodes(cluster.nodes)}"))
     return [what, passes, time]

@@ -42,6 +42,10 @@ def size(amount: float) -> str:
     return f"{amount / 1e3:,.1f} kB"
 
 
+def nodes(count: int) -> str:
+    return f"{count} node{'s' if count != 1 else ''}"
+
+
 def pretrain_lines(plan: PretrainPlan) -> list[list[Line]]:
     """The rows, in sections."""
     settings, cluster, data, rate = plan.settings, plan.cluster, plan.data, plan.rate
@@ -53,7 +57,7 @@ def pretrain_lines(plan: PretrainPlan) -> list[list[Line]]:
     worker = "worker" if cluster.gpu == "cpu" else "GPU"
     run = [
         Line("model", f"{settings.model.name}, {plan.size.parameters / 1e6:,.1f} M parameters", COUNTED),
-        Line("workers", f"{cluster.workers} on {cluster.nodes} nodes, at most {cluster.per_node} on each", GIVEN),
+        Line("workers", f"{cluster.workers}, {cluster.per_node} a node: {nodes(cluster.nodes)}", GIVEN),
         Line("batch", f"{settings.batch_size}, {plan.batch} a {worker}", GIVEN, "pretrain.batch_size"),
         Line("grids", f"{data.grids:,}, {plan.samples_per_epoch:,} samples an epoch", data.status, data.source),
         Line("steps", f"{plan.steps:,} in {settings.epochs} epochs", GIVEN, "pretrain.epochs"),
@@ -99,6 +103,8 @@ def pretrain_lines(plan: PretrainPlan) -> list[list[Line]]:
         Line("  takes", span(plan.network_s), cluster.network_gbit_s.status, f"{cluster.network_gbit_s.value:g} Gbit/s: {cluster.network_gbit_s.source}"),
         Line("  of it waited for", span(plan.waited_s), ASSUMED, f"{BACKWARD_SHARE:.0%} of a step can hide it"),
     ]  # fmt: skip
+    if cluster.nodes < 2:
+        network = []
     stored = [
         Line("shards", size(data.stored_bytes), data.status),
         Line("a checkpoint", size(plan.size.checkpoint_bytes), COUNTED, "parameters and AdamW's moments, float32"),
@@ -121,7 +127,7 @@ def pretrain_lines(plan: PretrainPlan) -> list[list[Line]]:
     for name, price in (("cost", cluster.price), ("cost, spot", cluster.spot_price)):
         if price is not None:
             time.append(
-                Line(name, f"{price * plan.node_hours:,.0f}", GIVEN, f"{price:g} a node hour, {cluster.nodes} nodes")
+                Line(name, f"{price * plan.node_hours:,.0f}", GIVEN, f"{price:g} a node hour, {nodes(cluster.nodes)}")
             )
     if cluster.spot_price is not None:
         again = cluster.spot_price * cluster.nodes * settings.checkpoint_minutes / 60
@@ -134,7 +140,7 @@ def show(console: Console, title: str, sections: Sequence[Sequence[Line]], warne
     for name in ("what", "estimate", "", "from"):
         table.add_column(name, overflow="fold")
     colours = {MEASURED: "green", COUNTED: "green", ASSUMED: "yellow"}
-    for section in sections:
+    for section in filter(None, sections):
         for line in section:
             colour = colours.get(line.status)
             status = f"[{colour}]{line.status}[/]" if colour else line.status
