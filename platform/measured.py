@@ -64,7 +64,7 @@ CPU_BATCH, CPU_CORES = 4, 2
 
 READ_MS_PER_MB = Constant(1.47, MEASURED, "LOG.md 2026-11-26 (plan_accuracy.py), one core, page cache")
 READ_MS = Constant(
-    5.0, MEASURED, "LOG.md 2026-11-26 (plan_accuracy.py), one core, page cache: 14.5 ms a sample at full size"
+    3.5, MEASURED, "LOG.md 2026-11-26 (plan_accuracy.py), one core, page cache: 14.5 ms a sample at full size"
 )
 """Processor time to read, crop and collate a sample: so much, and so much for each MB (10^6 bytes) of the batch's row. At
 the published sizes, 7.5 MB, that is the 69 samples a second of LOG.md 2026-11-25."""

@@ -144,16 +144,12 @@ def plan_cell(cell: Cell, settings: Sweep) -> CellPlan:
     shape = _shape(cell.model)
     tokens = token_grid(side, side, task.sensor.patch_kernel)
     dim = shape.embed_dim if shape else 0
-    forward = 0.0
+    frozen, forward = cell.protocol in FROZEN, 0.0
     if shape is not None:
         image = Image(task.sensor, task.sensor.channels, side)
-        generated = cell.model.name.startswith(("copernicus_fm", "dofa"))
-        # Kernels are generated once for a frozen encoder, not for each image.
-        forward = sum(
-            p.sample + (p.step if generated and cell.protocol not in FROZEN else 0) / 64
-            for p in encoder(shape, image, tokens[0] * tokens[1])
-        )
-    frozen = cell.protocol in FROZEN
+        # A frozen encoder's kernels are generated once, a tuned one's at every step; plain ones have none.
+        made = 0.0 if frozen or cell.model.name.startswith("vit") else 1 / task.supervised.batch_size
+        forward = sum(p.sample + made * p.step for p in encoder(shape, image, tokens[0] * tokens[1]))
     copies = len(FLIPS) * splits["train"] + splits["val"] + splits["test"]
     epochs = settings.epochs
     images = task.dates

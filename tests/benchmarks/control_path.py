@@ -39,15 +39,17 @@ from copernicus.platform.measured import (
     ATMOSPHERE_DATES,
     H100_BATCH,
     H100_STEP_S,
-    READ_SAMPLES_PER_S,
     STORED_DATES,
     STORED_PATCHES,
 )
+from copernicus.platform.plan import read_seconds
 from copernicus.platform.stream import ROWS_PER_BLOCK, Share, batches
 
 RANKS, PER_SHARD, EPOCHS = 256, 100, 100
 NEEDED = H100_BATCH / H100_STEP_S.value
 """Samples a second of one rank."""
+NODE_BYTES = 64e9
+"""Of a node's memory, for the driver's start."""
 CONCURRENT = 4
 """Reading tasks at a time of the one rank whose scheduling is measured; each is a process of 0.4 GB."""
 
@@ -133,11 +135,15 @@ def order(grids: int) -> dict[str, float]:
     return {"seconds": seconds, "bytes": drawn.nbytes, "positions_s": positions_s / times, "peak_bytes": peak()}
 
 
+def full_reader() -> DrawReader:
+    return DrawReader(tuple(SENSORS.values()), {s.name: s.image_size for s in SENSORS.values()})
+
+
 def rows(path: str, seconds: float) -> dict[str, float]:
     """Rows planned by one CPU, in blocks as a reading task plans them."""
     index = to_index(read_index(path))
     plan = Order(len(index), epochs=EPOCHS)
-    reader = DrawReader(tuple(SENSORS.values()), {s.name: s.image_size for s in SENSORS.values()})
+    reader = full_reader()
     plan.locate(0)
     count, block, spent, located, looked_up = 0, 0, 0.0, 0.0, 0.0
     while spent < seconds:
@@ -266,6 +272,8 @@ def show(
     grown("index file", made["bytes"] / 1e6, "MB")
     grown("index in memory, once a node", loaded["table_bytes"] / 1e6, "MB")
     grown("peak memory of the driver at its start", loaded["peak_bytes"] / 1e6, "MB")
+    fitting = NODE_BYTES / (loaded["peak_bytes"] / small)
+    table.add_row(f"  grids with which {NODE_BYTES / 1e9:.0f} GB are full", f"~ {fitting:,.0f}", "", "", "")
     grown("read the index file", loaded["read_s"], "s", 2)
     grown("take its usable grids", loaded["index_s"], "s", 2)
     grown("choose held-out grids", loaded["split_s"], "s", 2)
@@ -277,7 +285,7 @@ def show(
         " / ".join(f"{e / o['seconds']:,.0f}" for e, o in zip(epochs, orders, strict=True)),
     )  # fmt: skip
     table.add_row(
-        "its memory, each process (up to 4 are kept)", *(f"{o['bytes'] / 1e6:,.1f} MB" for o in orders), "", ""
+        "its memory, each process (up to 2 are kept)", *(f"{o['bytes'] / 1e6:,.1f} MB" for o in orders), "", ""
     )
     rate(
         "batches of a rank numbered",
@@ -286,7 +294,7 @@ def show(
         "/s",
     )
     table.add_section()
-    reading = READ_SAMPLES_PER_S.value
+    reading = 1 / read_seconds(full_reader().row_bytes)
     rate("rows planned by a CPU that reads", (planned["rate"], None), reading, "/s")
     table.add_row(
         "  of a row's microseconds", f"order {planned['locate_us']:.0f}, index {planned['entry_us']:.0f}, draws "
