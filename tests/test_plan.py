@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from copernicus.datasets.index import index_shards, to_table, write_index
+from copernicus.datasets.index import index_shards, read_index, to_index, to_table, write_index
 from copernicus.datasets.order import Order
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.survey import survey_shard
@@ -306,3 +307,21 @@ def test_options_become_constants_that_say_so():
     given = cluster_of(2, "a100", None, 4, 500.0, None, None, None, None)
     assert (given.workers, given.nodes, given.read_mb_s.status) == (2, 1, GIVEN)
     assert given.network_gbit_s.value == 400
+
+
+def test_the_made_up_index_is_one(tmp_path, monkeypatch):
+    """What the control path's benchmark measures is an index like any other, of the published layout."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    from control_path import made_table
+
+    write_index(made_table(250), str(tmp_path / "index.parquet"))
+    index = to_index(read_index(str(tmp_path / "index.parquet")))
+    assert (len(index), len(index.shards), len(index.problems)) == (250, 3, 0)
+    last = index[249]
+    assert last.shard.endswith("example-000002.tar")
+    assert last.sensors["s2_toa"].shape == (4, 4, 13, 264, 264)
+    assert (len(last.sensors["s2_toa"].days), len(last.sensors["s2_toa"].local)) == (16, 4)
+    spans = sorted(
+        (at.offset, at.offset + math.prod(at.shape) * (2 if at.dtype == "int16" else 4)) for at in last.sensors.values()
+    )
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
