@@ -22,10 +22,11 @@ def uniform(*key: int | str) -> float:
     return (int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 11) / 2**53
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # the pass that a process reads, and the next one where a block has rows of both
 def permutation(seed: int, epoch: int, draw: int, size: int) -> np.ndarray:
     """The order of ``size`` grids in one pass over them."""
-    return generator("order", seed, epoch, draw).permutation(size)
+    drawn = generator("order", seed, epoch, draw).permutation(size)
+    return drawn.astype(np.int32) if size < 2**31 else drawn  # half the memory of every process that reads
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ of the others, and torch's global random state is neither read nor written.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Iterator
 
 import numpy as np
 import torch
@@ -24,6 +26,19 @@ _GENERATOR_OUTPUT = 0.01 * 16
 of the channel's code, each of unit variance, make sqrt(256)."""
 
 
+_shapes_only = contextvars.ContextVar("shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Models made inside have shapes but no numbers: encoders' parameters stay on the meta device, heads' are not filled."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
 def generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator keyed by the seed and a name (a parameter's, a purpose's)."""
     words = np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(2, np.uint32)
@@ -33,6 +48,8 @@ def generator(seed: int, name: str) -> torch.Generator:
 @torch.no_grad()
 def fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     """Normal with mean 0, in place, keyed by the seed and the name."""
+    if _shapes_only.get():
+        return
     parameter.normal_(0.0, std, generator=generator(seed, name))
 
 
@@ -47,6 +64,8 @@ def initialise(module: nn.Module, seed: int, skip: Container[str] = ()) -> None:
     patch kernels of std 1/512 and 1/128 and plain Xavier (1/2000) learned alike; 1/32 with predictions of std 0.1
     learned much later, for tokens then drown the positions.
     """
+    if _shapes_only.get():
+        return
     module._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
     for name, parameter in module.named_parameters():
         if name in skip:

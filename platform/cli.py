@@ -148,6 +148,36 @@ def stop(job: Job, cluster: Cluster = None, address: Address = None) -> None:
 
 
 @app.command()
+def plan(
+    experiment: Yaml,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str, typer.Option(help="h100, a100, l4, t4, cpu, or here: this machine, measured for some seconds.")
+    ] = "h100",
+    workers: Annotated[int | None, typer.Option(help="GPUs (of cpu: workers).", show_default="the YAML's")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="Workers of a node.")] = 8,
+    grids: Annotated[int | None, typer.Option(help="Of the data, where the shards are not here.")] = None,
+    read_rate: Annotated[
+        float | None, typer.Option(help="What storage gives a node, MB/s.", show_default="1000, a guess")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(help="What a node sends, Gbit/s.", show_default="a common instance's")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Of a node and hour: look it up, prices change.")] = None,
+    spot_price: Annotated[float | None, typer.Option(help="The same, of a node that may be taken away.")] = None,
+) -> None:
+    """Estimate time, data rates, memory, storage and cost on so many GPUs; run nothing, and say what is only assumed."""
+    from copernicus.platform.experiment import load_experiment
+    from copernicus.platform.plan_table import plan_command
+
+    loaded = load_experiment(experiment, overrides or [], here=False)
+    plan_command(
+        loaded, console(), gpu, workers, gpus_per_node, grids=grids, read_rate=read_rate, network=network, price=price,
+        spot_price=spot_price,
+    )  # fmt: skip
+
+
+@app.command()
 def leaderboard(
     folders: Annotated[
         list[Path] | None, typer.Argument(help="Folders of finished sweeps, such as runs/quickstart-1a2b3c4d.")

@@ -15,28 +15,15 @@ from collections import Counter
 from modelling.work import MASK_RATIO, TEACHER_DIM, Shape, drawn_channels
 
 from copernicus.datasets.sensors import SENSORS, Sensor
+from copernicus.models.flops import block, codes, generated
 
-CODE, FEED_FORWARD, LANGUAGE, KERNEL = 128, 2048, 2048, 16 * 16
+KERNEL = 16 * 16
 FORWARD_AND_BACKWARD = 3
 
 
-def block(tokens: int, dim: int) -> int:
-    """Of one image: qkv, projection and MLP of ratio 4 (24 T D^2), scores and their product with the values."""
-    return 24 * tokens * dim**2 + 4 * tokens**2 * dim
-
-
-def generated(channels: int, dim: int, patch_kernel: int) -> int:
-    """A hypernetwork's kernels, resized: one layer over the weight tokens, the codes and the bias token."""
-    tokens = CODE + channels + 1
-    layer = 8 * tokens * CODE**2 + 4 * tokens**2 * CODE + 4 * tokens * CODE * FEED_FORWARD
-    kernels = 2 * channels * CODE * KERNEL * dim
-    resized = 2 * channels * patch_kernel**2 * KERNEL * dim if patch_kernel != 16 else 0
-    return layer + kernels + resized
-
-
-def codes(sensor: Sensor, channels: int, dim: int) -> int:
-    """The codes' residual block, a variable's projection, the bias of the embedding."""
-    return 4 * channels * CODE**2 + (0 if sensor.spectral else 2 * LANGUAGE * CODE) + 2 * CODE * dim
+def resized(channels: int, dim: int, patch_kernel: int) -> int:
+    """A hypernetwork's kernels brought to the patch's size."""
+    return 2 * channels * patch_kernel**2 * KERNEL * dim if patch_kernel != 16 else 0
 
 
 def forward_flops(shape: Shape, batch: int) -> Counter[str]:
@@ -46,7 +33,8 @@ def forward_flops(shape: Shape, batch: int) -> Counter[str]:
     drawn = drawn_channels()
 
     def encode(sensor: Sensor, channels: int, kept: int) -> None:
-        flops["hypernetworks"] += codes(sensor, channels, dim) + generated(channels, dim, sensor.patch_kernel)
+        flops["hypernetworks"] += codes(sensor, channels, dim) + generated(channels, dim)
+        flops["hypernetworks"] += resized(channels, dim, sensor.patch_kernel)
         flops["patch embedding"] += batch * 2 * kept * channels * sensor.patch_kernel**2 * dim
         flops["metadata"] += batch * 6 * dim**2
         flops["encoder blocks"] += batch * shape.depth * block(kept + 1, dim)
@@ -56,7 +44,7 @@ def forward_flops(shape: Shape, batch: int) -> Counter[str]:
         tokens = (sensor.image_size // sensor.patch_kernel) ** 2
         kept = int(tokens * (1 - MASK_RATIO))
         encode(sensor, channels, kept)
-        flops["hypernetworks"] += generated(channels, decoder_dim, sensor.patch_kernel)
+        flops["hypernetworks"] += generated(channels, decoder_dim) + resized(channels, decoder_dim, sensor.patch_kernel)
         flops["metadata"] += batch * 6 * decoder_dim**2
         flops["decoder blocks"] += batch * shape.decoder_depth * block(tokens + 1, decoder_dim)
         flops["decoder embedding"] += batch * 2 * (kept + 1) * dim * decoder_dim
