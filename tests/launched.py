@@ -1,0 +1,162 @@
+"""A Ray cluster that `ray up` brings up on isolated hosts, and what a user beside it does: submit, wait, look at MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hosts import Host, Network, isolated_hosts
+from test_run import command
+
+BIN = Path(sys.prefix) / "bin"
+CPUS = 2
+"""Of each node, as Ray counts them."""
+
+READ_RUNS = """
+import json
+from mlflow import MlflowClient
+
+client = MlflowClient("http://127.0.0.1:5000")
+found = []
+for experiment in client.search_experiments():
+    for run in client.search_runs([experiment.experiment_id], max_results=1000):
+        names = set(run.data.metrics) & {"train/loss", "train/samples_seen", "val/loss", "data/epochs_verified"}
+        history = {n: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(run.info.run_id, n)] for n in names}
+        found.append({"id": run.info.run_id, "name": run.info.run_name, "status": run.info.status, "tags": run.data.tags,
+                      "parameters": run.data.params, "metrics": run.data.metrics, "history": history})
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """An MLflow run of the server on the head. ``history``: (step, value, milliseconds) of pretraining's metrics."""
+
+    id: str
+    name: str
+    status: str
+    tags: dict[str, str]
+    parameters: dict[str, str]
+    metrics: dict[str, float]
+    history: dict[str, list[tuple[int, float, int]]]
+
+
+class LaunchedCluster:
+    """The first host is the head; ``file`` is what `ray up` was given."""
+
+    def __init__(self, network: Network, file: Path, environment: dict[str, str]):
+        self.network, self.file, self.environment = network, file, environment
+        self.head: Host = network.hosts[0]
+        self.workers: list[Host] = network.hosts[1:]
+
+    @property
+    def shared(self) -> Path:
+        """Where jobs run."""
+        return self.network.shared
+
+    def client(self, *arguments: str, code: int = 0, timeout: float = 600) -> str:
+        """What a command prints to a user beside the cluster, who has its token and its key."""
+        done = subprocess.run(
+            arguments, cwd=self.file.parent, env=self.environment, stdin=subprocess.DEVNULL, timeout=timeout,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, f"{shlex.join(arguments)}: {done.returncode}\n{done.stdout}"
+        return done.stdout
+
+    def ray(self, *arguments: str, code: int = 0) -> str:
+        return self.client(str(BIN / "ray"), *arguments, code=code)
+
+    def copernicus(self, *arguments: str, code: int = 0) -> str:
+        return self.client(*command(*arguments), code=code)
+
+    def up(self) -> None:
+        """And wait until every host is a node of the cluster."""
+        self.ray("up", str(self.file), "--yes", "--no-config-cache")
+        self.await_nodes(len(self.network.hosts))
+
+    def down(self) -> None:
+        self.ray("down", str(self.file), "--yes")
+
+    def on_head(self, script: str, *arguments: str) -> str:
+        """What a Python script prints on the head, with the environment that the head's Ray has."""
+        words = [str(BIN / "python"), "-c", script, *arguments]
+        return self.head.run(f"RAY_AUTH_MODE=token {shlex.join(words)}").stdout
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Those that Ray takes for alive."""
+        script = "import json; from ray.util.state import list_nodes; print(json.dumps([n.asdict() for n in list_nodes()]))"
+        return [n for n in json.loads(self.on_head(script).splitlines()[-1]) if n["state"] == "ALIVE"]
+
+    def await_nodes(self, count: int, seconds: float = 180) -> None:
+        end = time.monotonic() + seconds
+        while len(found := self.nodes()) != count:
+            assert time.monotonic() < end, f"{len(found)} nodes instead of {count}: {found}"
+            time.sleep(1)
+
+    def runs(self) -> list[TrackedRun]:
+        """All of them, from MLflow on the head."""
+        return [TrackedRun(**run) for run in json.loads(self.on_head(READ_RUNS).splitlines()[-1])]
+
+
+def cluster_yaml(network: Network, token: Path) -> str:
+    """For `ray up`: the first host is the head, which runs MLflow too."""
+    head, *workers = network.hosts
+    exports = (
+        f"export PATH={BIN}:$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1 "
+        f"COPERNICUS_STORAGE={network.shared} MLFLOW_TRACKING_URI=http://127.0.0.1:5000"
+    )
+    small = f"--num-cpus={CPUS} --object-store-memory=200000000"
+    mlflow = (
+        "pgrep -f 'mlflow server' >/dev/null || setsid nohup python -m mlflow server --host 127.0.0.1 --port 5000 "
+        "--backend-store-uri sqlite:///$HOME/mlflow.db --artifacts-destination $HOME/artifacts --workers 1 "
+        "</dev/null >$HOME/mlflow.log 2>&1 &"
+    )
+    return yaml.safe_dump({
+        "cluster_name": network.bridge,
+        "provider": {"type": "local", "head_ip": head.address, "worker_ips": [w.address for w in workers]},
+        "auth": {"ssh_user": "root", "ssh_private_key": str(network.key)},
+        "file_mounts": {"~/.ray/auth_token": str(token)},
+        "head_start_ray_commands": [
+            f"{exports}; {mlflow}",
+            f"{exports}; ray stop",
+            f"{exports}; ray start --head --port=6379 --dashboard-host=127.0.0.1 {small} "
+            "--autoscaling-config=~/ray_bootstrap_config.yaml",
+        ],
+        "worker_start_ray_commands": [
+            f"{exports}; ray stop",
+            f"{exports}; ray start --address=$RAY_HEAD_IP:6379 {small}",
+        ],
+    })  # fmt: skip
+
+
+@contextlib.contextmanager
+def launched_cluster(folder: Path, hosts: int = 2, **options: Any) -> Iterator[LaunchedCluster]:
+    """`ray up`, and `ray down` at the end. ``options``: of `isolated_hosts`."""
+    with isolated_hosts(folder, hosts, **options) as network:
+        client = folder / "client"
+        (client / ".ray").mkdir(parents=True)
+        token = client / ".ray" / "auth_token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "COPERNICUS_"))}
+        environment |= {"HOME": str(client), "TMPDIR": str(client), "RAY_TMPDIR": str(client), "RAY_AUTH_MODE": "token"}
+        environment |= {"RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{environment['PATH']}"}
+        file = client / "cluster.yaml"
+        file.write_text(cluster_yaml(network, token))
+        cluster = LaunchedCluster(network, file, environment)
+        cluster.up()
+        try:
+            yield cluster
+        finally:
+            cluster.down()
