@@ -31,6 +31,8 @@ from copernicus.platform.search_space import optuna_search, planned, trial_count
 
 WORTH_A_WORKER = 2000
 """Images to encode for which it is worth starting a worker of a pool, which takes some ten seconds."""
+DEATHS = 5
+"""How often a trial is begun again whose process, or whose node, died."""
 EPOCHS = "epochs"
 """Folder of the checkpoints of fine-tuning trials, which go on after their last epoch where they were killed."""
 Emit = Callable[[str, Any], None]
@@ -152,7 +154,7 @@ def run_cell(cell: Cell, settings: Sweep, seed: int, folder: Path, done: list[Tr
     chosen = best.settings if best else {}
     emit("stage", "seeds")
     trial: Any = ray.remote(run_trial)
-    trial = trial.options(**resources)
+    trial = trial.options(**resources, max_retries=DEATHS)
     first = cell.seeds(settings, seed)[0]
     shared = ray.put(features)  # once: those that are not kept hold their encoder
     running: dict[Any, int] = {}
@@ -369,7 +371,7 @@ def _search(
                 add(dict(trial.config), FINISHED if result.get("whole") else STOPPED, result)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            add(dict(trial.config), FAILED, {}, "its process died")
+            add(dict(trial.config), FAILED, {}, f"its process died {DEATHS + 1} times")
 
     searcher = None
     if plan is None:
@@ -399,7 +401,14 @@ def _search(
             max_concurrent_trials=share,
             reuse_actors=True,  # a new process a trial would cost more than the trial
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(folder), callbacks=[Recorder()], verbose=0),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder),
+            callbacks=[Recorder()],
+            verbose=0,
+            # Errors of a trial's own are told, above, and would come again; what is left is lost processes and nodes.
+            failure_config=tune.FailureConfig(max_failures=DEATHS),
+        ),
     )
     tuner.fit()
     shutil.rmtree(path, ignore_errors=True)

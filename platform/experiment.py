@@ -147,7 +147,8 @@ class Pretrain:
     precision: str = "auto"  # of products: float32, bf16 (autocast), or auto: bf16 on a GPU that has it
     compile: Optional[bool] = None  # torch.compile of the blocks; none: on a GPU
     activation_checkpointing: bool = False  # blocks are computed again in the backward pass: slower, less memory
-    workers: int = 2
+    workers: Any = 2  # how many, or [fewest, most]: as many as the cluster has room for, whenever that changes
+    micro_batch_size: Optional[int] = None  # rows that a worker takes at once; what is more of its share is accumulated
     parallel: str = "ddp"  # ddp: each worker holds the whole model; fsdp: a share of it, for those that fit no GPU
     cpus_per_worker: float = 0.5
     gpus_per_worker: float = 0.0
@@ -155,8 +156,17 @@ class Pretrain:
     checkpoint_every: int = 1
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
-    max_failures: int = 3
+    max_failures: int = 3  # in a row, without a step that is further than before
+    hang_minutes: Optional[float] = (
+        30.0  # without a step: the workers' stacks are kept and they start anew; null: never
+    )
     max_skipped: float = 0.05
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        low, high = self.workers if isinstance(self.workers, list) else (self.workers, self.workers)
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -268,7 +278,7 @@ PROTOCOLS = (*FROZEN, "finetune", "scratch")
 the encoder as it is."""
 WITHOUT_EFFECT = (
     "tracking", "output", "miniature.tasks",
-    "pretrain.compile", "pretrain.activation_checkpointing", "pretrain.workers", "pretrain.parallel", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
+    "pretrain.compile", "pretrain.activation_checkpointing", "pretrain.workers", "pretrain.micro_batch_size", "pretrain.hang_minutes", "pretrain.parallel", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
     "pretrain.index", "pretrain.distill.cache", "pretrain.checkpoint_every", "pretrain.checkpoint_minutes", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
     "sweep.cache", "sweep.cache_gb", "sweep.features", "sweep.max_concurrent", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
 )  # fmt: skip

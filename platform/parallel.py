@@ -10,6 +10,7 @@ code that reaches a block's layers past ``block(...)`` finds their shares only.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -57,6 +58,18 @@ def parallelise(loss_module: PerRowLoss, kind: str, device: torch.device) -> nn.
             fully_shard(module, mesh=mesh)
     fully_shard(loss_module, mesh=mesh)  # in place
     return loss_module
+
+
+def averaging(model: nn.Module, on: bool) -> contextlib.AbstractContextManager[None]:
+    """In this block the backward pass averages gradients over the workers only if ``on``; else each adds up its own.
+
+    ``model``: what `parallelise` gave.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+    elif isinstance(model, DistributedDataParallel) and not on:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def whole_state(loss_module: PerRowLoss, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

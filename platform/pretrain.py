@@ -1,22 +1,14 @@
-"""Masked-autoencoder pretraining on Ray Train: the driver, and the loop that each worker runs, read top to bottom.
-
-Shapes: B rows of this rank's share, C channels, S sensors, N losses of a row (see objective.py), L tokens.
-"""
+"""Masked-autoencoder pretraining on Ray Train: the driver. What each worker does is in pretrain_worker.py."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import os
 import signal
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,23 +20,15 @@ from copernicus.datasets.raw import RawLayout, read_layout
 from copernicus.datasets.raw_index import survey_layout, unknown_offsets
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import Problem
-from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.models.teacher import load_teacher
 from copernicus.platform.experiment import Pretrain
 from copernicus.platform.indexing import open_index
-from copernicus.platform.language import open_language, variables
-from copernicus.platform.mailbox import Listener, new_mailbox, post, stop_run
-from copernicus.platform.objective import (
-    CHECKPOINT_FILE,
-    PerRowLoss,
-    Plan,
-    autocast_dtype,
-    build_autoencoder,
-    freeze_unreached,
-)
-from copernicus.platform.skipped import grids_of, problems_in, skipped_metrics, too_many_skipped
-from copernicus.platform.teacher_cache import CachedTeacher, open_teacher
-from copernicus.platform.to_device import on_device, tensors
+from copernicus.platform.language import open_language
+from copernicus.platform.mailbox import Listener, new_mailbox
+from copernicus.platform.objective import CHECKPOINT_FILE, Plan
+from copernicus.platform.pretrain_worker import train_worker
+from copernicus.platform.session import autoscales
+from copernicus.platform.skipped import grids_of, too_many_skipped
 
 
 class PretrainFailed(RuntimeError):
@@ -60,213 +44,6 @@ class PretrainResult:
     samples: int
     metrics: dict[str, float]
     skipped: tuple[Problem, ...]
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """What one rank does."""
-    import ray
-    import ray.train
-    import torch.distributed as dist
-
-    from copernicus.platform.parallel import parallelise, restore, whole_state
-    from copernicus.platform.stream import Share, batches
-
-    plan: Plan = config["plan"]
-    settings, mailbox = plan.settings, config["mailbox"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    device = ray.train.torch.get_device()
-    held_out: GridIndex = ray.get(config["held_out"])
-
-    autoencoder = build_autoencoder(plan)
-    teacher = open_teacher(settings.distill, device)
-    loss_module = PerRowLoss(autoencoder, plan.sensors, teacher)
-    freeze_unreached(loss_module, plan)
-    refused = ""
-    try:
-        loss_module.autocast = autocast_dtype(settings.precision, device)
-    except InputError as error:
-        refused = str(error)
-    if refused := next(filter(None, gather(refused, world_size)), ""):
-        stop_run(mailbox, rank, refused)
-        return
-    precisions = set(gather(str(loss_module.autocast or torch.float32), world_size))
-    autoencoder.recompute = settings.activation_checkpointing
-    if settings.compile if settings.compile is not None else device.type == "cuda":
-        autoencoder.compile_blocks()
-    model = parallelise(loss_module, settings.parallel, device)
-    groups = parameter_groups(loss_module, settings.weight_decay)
-    trained = [p for p in loss_module.parameters() if p.requires_grad]
-    assert sum(len(g["params"]) for g in groups) == len(trained), "a parameter escaped the optimiser"
-    optimizer = torch.optim.AdamW(groups, betas=(settings.betas[0], settings.betas[1]), lr=0.0, fused=True)
-
-    teachers = set(gather(teacher.identity if teacher is not None else None, world_size))
-    step, problems, coverage = 0, {str(p): p for p in plan.problems}, Coverage()
-    if (found := ray.train.get_checkpoint()) is not None:
-        with found.as_directory() as folder:
-            # Mapped, not read: where each worker keeps a share, none needs memory for the whole.
-            saved = torch.load(Path(folder) / CHECKPOINT_FILE, map_location="cpu", weights_only=True, mmap=True)
-            restore(loss_module, optimizer, saved["model"], saved["optimizer"])
-        teachers |= {saved.get("teacher")}
-        precisions |= {saved["precision"]}
-        step, coverage = saved["step"], Coverage({k: tuple(v) for k, v in saved["coverage"].items()})
-        problems |= {str(p): p for p in (Problem(*fields) for fields in saved["problems"])}
-    if len(teachers) > 1:
-        stop_run(
-            mailbox, rank, "pretrain.distill.teacher: its files differ between nodes, or from those this run began with"
-        )
-        return
-
-    if len(precisions) > 1:
-        found_ones = " and ".join(sorted(p.removeprefix("torch.") for p in precisions))
-        stop_run(
-            mailbox, rank, f"pretrain.precision: {found_ones} in one run, for its hardware differs between nodes or from "
-            "that this run began on; give it the same, or set pretrain.precision and begin anew"
-        )  # fmt: skip
-        return
-
-    steps = plan.order.steps(settings.batch_size)
-    evaluate_at, save_at = (
-        {_step_of_epoch(plan, n) for n in range(every, settings.epochs + 1, every)}
-        for every in (settings.val_every, settings.checkpoint_every)
-    )
-    evaluation = _Evaluation(plan, held_out, rank, world_size, device)
-    if step == 0:
-        post(mailbox, rank, 0, evaluation(model, problems))
-    started, first_step = time.monotonic(), step
-    since, checkpointed = Coverage(), time.monotonic()
-    share = Share(config["index"], plan.order, plan.reader(augment=True), settings.batch_size, rank, world_size, step)
-    stream = batches(share, settings.data_cpus)
-    for columns, batch in on_device(stream, device):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate(step)
-        batch = batch | {"metadata": plan.metadata(batch, step)}
-        loss_BN = model(batch, {s.name: plan.channels(step, s) for s in plan.sensors})
-        present = plan.present(batch["present"]).to(loss_BN.dtype)
-        total, rows = plan.weigh(loss_BN, present)
-
-        # One reduction carries what every rank must agree on: rows, loss, new problems, whether a checkpoint is due by
-        # rank 0's clock, each loss.
-        due = rank == 0 and time.monotonic() - checkpointed > settings.checkpoint_minutes * 60
-        new = [p for p in problems_in(columns) if str(p) not in problems]
-        facts = torch.cat([
-            torch.stack([rows.to(total.dtype), total.detach(), total.new_full((), len(new)), total.new_full((), due)]),
-            (loss_BN.detach() * present).sum(0),
-            present.sum(0),
-        ])  # fmt: skip
-        if world_size > 1:
-            dist.all_reduce(facts)
-        global_rows = facts[0].clamp(min=1)
-
-        optimizer.zero_grad(set_to_none=True)
-        # DDP and FSDP average over ranks; this makes the average the mean over the global batch's rows.
-        (total * (world_size / global_rows)).backward()
-        if settings.clip_grad_norm:
-            torch.nn.utils.clip_grad_norm_(loss_module.parameters(), settings.clip_grad_norm)
-        optimizer.step()
-        step += 1
-        since.add(columns["epoch"], columns["key"])
-        facts = facts.cpu()  # the step's one wait for a GPU
-
-        if facts[2] > 0:
-            for problem in (p for part in gather(new, world_size) for p in part):
-                problems.setdefault(str(problem), problem)
-        skipped = len(grids_of(problems.values())) / plan.grids_seen
-        sums, counts = facts[4:].chunk(2)
-        metrics = {"train/loss": (facts[1] / facts[0].clamp(min=1)).item(), "train/lr": plan.learning_rate(step - 1)}
-        metrics |= {
-            f"train/loss_{name}": (sums[i] / counts[i]).item() for i, name in enumerate(plan.losses) if counts[i] > 0
-        }
-        metrics["train/samples_seen"] = min(step * settings.batch_size, plan.order.samples)
-        metrics["train/epoch"] = metrics["train/samples_seen"] / plan.order.samples_per_epoch
-        metrics["train/samples_per_s"] = (step - first_step) * settings.batch_size / (time.monotonic() - started)
-        if isinstance(teacher, CachedTeacher):
-            metrics["train/teacher_cached"] = teacher.found / teacher.asked  # of this rank's images
-        metrics |= skipped_metrics(problems.values(), skipped)
-        if not math.isfinite(metrics["train/loss"]):
-            message = (
-                f"the loss became {metrics['train/loss']} at step {step}; lower pretrain.blr or set clip_grad_norm"
-            )
-            stop_run(mailbox, rank, message)
-            return
-        if skipped > settings.max_skipped:
-            post(mailbox, rank, step, metrics, wait=True)
-            stop_run(mailbox, rank, too_many_skipped(list(problems.values()), skipped, settings.max_skipped))
-            return
-
-        last = step == steps
-        if last or step in evaluate_at:
-            metrics |= evaluation(model, problems)
-        saving = last or step in save_at or bool(facts[3] > 0)
-        if saving:
-            for part in gather(since, world_size):
-                coverage.merge(part)
-            since, checkpointed = Coverage(), time.monotonic()
-            if (fault := uncovered(coverage, plan, step)) is not None:
-                stop_run(mailbox, rank, fault)
-                return
-            metrics["data/epochs_verified"] = float(int(metrics["train/samples_seen"]) // plan.order.samples_per_epoch)
-        post(mailbox, rank, step, metrics, wait=last)
-        if saving:
-            weights, optimizer_state = whole_state(loss_module, optimizer)  # all ranks take part
-            with tempfile.TemporaryDirectory() as folder:
-                checkpoint = None
-                if rank == 0:
-                    state = {
-                        "model": weights,
-                        "optimizer": optimizer_state,
-                        "step": step,
-                        "samples_seen": int(metrics["train/samples_seen"]),
-                        "coverage": {k: list(v) for k, v in coverage.epochs.items()},
-                        "teacher": teacher.identity if teacher is not None else None,
-                        "precision": next(iter(precisions)),
-                        "architecture": {"name": settings.model.name, **settings.model.encoder_overrides()},
-                        "language": plan.language.digests(variables(plan.sensors)),
-                        "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
-                    }
-                    torch.save(state, Path(folder) / CHECKPOINT_FILE)
-                    checkpoint = ray.train.Checkpoint.from_directory(folder)
-                ray.train.report({"step": step, **metrics}, checkpoint=checkpoint)
-
-
-class _Evaluation:
-    """The loss on held-out grids: centre crops, all channels, masks keyed by the grid, so that epochs compare."""
-
-    def __init__(self, plan: Plan, held_out: GridIndex, rank: int, world_size: int, device: torch.device):
-        self.plan, self.device, self.world_size = plan, device, world_size
-        self.grids = held_out.entries(range(rank, len(held_out), world_size))
-        self.most = -(-len(held_out) // world_size)
-
-    @torch.no_grad()
-    def __call__(self, model: torch.nn.Module, problems: dict[str, Problem]) -> dict[str, float]:
-        """The metrics; what cannot be read is added to ``problems`` on every rank."""
-        if not self.most:
-            return {}
-        new: list[Problem] = []
-        module: Any = model.module if hasattr(model, "module") else model  # nothing for DDP to join here
-        names, reader = self.plan.losses, self.plan.reader(augment=False)
-        facts = torch.zeros(2 * len(names) + 2, dtype=torch.float64, device=self.device)
-        size = self.plan.order.share(self.plan.settings.batch_size, self.world_size)
-        # As many batches as rank 0, which has the most grids, empty ones if need be: under FSDP a forward fetches
-        # parameters from all ranks, which wait for each other. All of one size: what is compiled is compiled once.
-        for start in range(0, self.most, size):
-            places: list[tuple[Any, int, int] | None] = [(grid, -1, 0) for grid in self.grids[start : start + size]]
-            columns = reader.batch(places + [None] * (size - len(places)))
-            new += problems_in(columns)
-            batch = tensors(columns, self.device)
-            loss_BN = module(batch, {})
-            present = self.plan.present(batch["present"]).to(loss_BN.dtype)
-            total, rows = self.plan.weigh(loss_BN, present)
-            facts += torch.cat([(loss_BN * present).sum(0), present.sum(0), torch.stack([total, rows])]).double()
-        if self.world_size > 1:
-            torch.distributed.all_reduce(facts)
-        problems.update({str(p): p for part in gather(new, self.world_size) for p in part})
-        sums, counts = facts[:-2].chunk(2)
-        metrics = {f"val/loss_{name}": (sums[i] / counts[i]).item() for i, name in enumerate(names) if counts[i] > 0}
-        if facts[-1] > 0:
-            metrics["val/loss"] = (facts[-2] / facts[-1]).item()
-        return metrics
 
 
 def pretrain(
@@ -334,6 +111,7 @@ def pretrain(
     on_plan(plan, train, held_out)
 
     steps = plan.order.steps(settings.batch_size)
+    fewest, most = settings.worker_range
     mailbox = new_mailbox()
     trainer = TorchTrainer(
         train_worker,
@@ -344,7 +122,7 @@ def pretrain(
             "mailbox": mailbox,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=fewest if fewest == most else (fewest, most),
             use_gpu=settings.gpus_per_worker > 0,
             resources_per_worker={"CPU": settings.cpus_per_worker}
             | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}),
@@ -387,21 +165,25 @@ def offset_warning(layout: RawLayout, settings: Pretrain) -> str:
 
 
 def check_resources(settings: Pretrain, available: dict[str, float]) -> None:
-    """Refuse a run that would hang: workers that reserve every CPU leave Ray Data none to read with.
+    """Refuse a run that would hang: workers that reserve every CPU leave Ray Data none to read with. What a cluster that
+    brings nodes by itself will have is not known.
 
     Raises:
         InputError: with the sum.
     """
+    if autoscales():
+        return
     cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
-    wanted = settings.workers * settings.cpus_per_worker + settings.data_cpus
+    workers = settings.worker_range[0]
+    wanted = workers * settings.cpus_per_worker + settings.data_cpus
     if wanted > cpus:
         raise InputError(
-            f"pretrain: {settings.workers} workers x {settings.cpus_per_worker} CPU + {settings.data_cpus} CPU for reading = "
+            f"pretrain: {workers} workers x {settings.cpus_per_worker} CPU + {settings.data_cpus} CPU for reading = "
             f"{wanted:g} CPUs, but the cluster has {cpus:g}; lower workers, cpus_per_worker or data_cpus"
         )
-    if settings.workers * settings.gpus_per_worker > gpus:
+    if workers * settings.gpus_per_worker > gpus:
         raise InputError(
-            f"pretrain: {settings.workers} workers x {settings.gpus_per_worker} GPU, but the cluster has {gpus:g} GPUs; "
+            f"pretrain: {workers} workers x {settings.gpus_per_worker} GPU, but the cluster has {gpus:g} GPUs; "
             "lower workers or gpus_per_worker"
         )
 
@@ -419,32 +201,6 @@ def _interruptible() -> Iterator[None]:
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
-
-
-def gather(mine: Any, world_size: int) -> list[Any]:
-    """Every rank's, in rank order."""
-    if world_size == 1:
-        return [mine]
-    everyone: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
-def uncovered(coverage: Coverage, plan: Plan, step: int) -> str | None:
-    """What is wrong with the epochs that are whole by now: each grid must have been trained exactly as often as asked."""
-    whole = min(step * plan.settings.batch_size, plan.order.samples) // plan.order.samples_per_epoch
-    for epoch in range(whole):
-        if coverage.epochs.get(epoch) != plan.whole_epoch:
-            return (
-                f"epoch {epoch} did not train each grid {plan.order.draws_per_grid} times: {coverage.epochs.get(epoch)} "
-                f"(samples, sum of hashes), expected {plan.whole_epoch}; this is a defect of the program"
-            )
-    return None
-
-
-def _step_of_epoch(plan: Plan, epoch: int) -> int:
-    """The step with which an epoch's last sample is trained."""
-    return -(-epoch * plan.order.samples_per_epoch // plan.settings.batch_size)
 
 
 def _cause(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from copernicus.platform.board_files import read_leaderboard
 from copernicus.platform.experiment import Experiment, Miniature, Pretrain, Sweep
 from copernicus.platform.language import language_warning, variables
 from copernicus.platform.progress import progress_bar, short_path, spell_time
-from copernicus.platform.session import ray_session
+from copernicus.platform.session import autoscales, ray_session
 from copernicus.platform.tables import terminal
 from copernicus.platform.tracking import Run, Tracker, git_commit, mask
 
@@ -233,8 +233,10 @@ def _pretrain(
             run.parameters({k: v for k, v in experiment.parameters().items() if k.startswith(("pretrain.", "seed"))})
         console.print(
             f"  {len(train)} grids to train on, {len(held_out)} held out, {len(plan.sensors)} sensors, "
-            f"{settings.workers} workers, global batch {settings.batch_size}"
+            f"{'-'.join(map(str, sorted(set(settings.worker_range))))} workers, global batch {settings.batch_size}"
         )
+        if autoscales():
+            console.print("  the cluster brings nodes as they are asked for; the first step waits for them")
         if names:
             run.parameters({"language": plan.language.describe(names)})
         for warning in filter(None, (plan.warning, language_warning(plan.language, names))):

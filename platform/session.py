@@ -12,6 +12,11 @@ from typing import Any
 LOUD_LOGGERS = ("ray", "ray.train", "ray.tune", "ray.data", "ray._private")
 
 
+def autoscales() -> bool:
+    """The cluster brings nodes by itself: what is missing now is waited for. Its files say so on the head."""
+    return os.environ.get("COPERNICUS_AUTOSCALING") == "1"
+
+
 @contextlib.contextmanager
 def ray_session(verbose: bool = False) -> Iterator[dict[str, float]]:
     """Connect to Ray (or start it), yield the cluster's resources, and disconnect. An open session is used as it is."""

@@ -24,9 +24,12 @@ from copernicus.platform.checkpoint import trained_language
 from copernicus.platform.experiment import Encoder, Pretrain, Sweep
 from copernicus.platform.journal import FINAL, FINISHED, Journal, Trial
 from copernicus.platform.language import language_warning, open_language, variables
+from copernicus.platform.session import autoscales
 
 POLL = 0.2  # seconds between looks at what the cells have to say
 LIVES = 2  # times a cell whose process dies is begun
+ASKED_FOR = 8
+"""Trials at once for which a cluster that brings nodes by itself is asked, where sweep.max_concurrent says nothing."""
 MOST_CELLS = (
     12  # at once: each is a process of half a GB on the driver's machine; their trials have the rest of the slots
 )
@@ -80,7 +83,8 @@ def cells_language(settings: Sweep, plan: list[Cell]) -> tuple[dict[str, str], l
 
 
 def trial_slots(settings: Sweep, nodes: list[dict[str, float]]) -> int:
-    """How many trials the cluster's nodes can run at once, or the sweep's own limit where that is lower.
+    """How many trials the cluster's nodes can run at once, or the sweep's own limit where that is lower. A cluster that
+    brings nodes by itself is asked for as many as the sweep's limit, or `ASKED_FOR`.
 
     Raises:
         InputError: no node has the resources of one trial.
@@ -90,6 +94,8 @@ def trial_slots(settings: Sweep, nodes: list[dict[str, float]]) -> int:
         min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items() if amount)
         for node in nodes
     )
+    if autoscales():
+        return settings.max_concurrent or max(slots, ASKED_FOR)
     if slots < 1:
         most = [max((node.get(name, 0.0) for node in nodes), default=0.0) for name in wanted]
         raise InputError(

@@ -151,8 +151,8 @@ def validate(e: Experiment, source: str) -> None:
         for sensor, size in p.image_size.items():
             choice(f"pretrain.image_size.{sensor}", sensor, tuple(SENSORS))
             multiple(f"pretrain.image_size.{sensor}", size, SENSORS[sensor].patch_kernel)
-        for key in ("epochs", "draws_per_grid", "batch_size", "blr", "workers", "cpus_per_worker", "data_cpus", "val_every",
-                    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "clip_grad_norm"):  # fmt: skip
+        for key in ("epochs", "draws_per_grid", "batch_size", "blr", "micro_batch_size", "cpus_per_worker", "data_cpus", "val_every",
+                    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "clip_grad_norm", "hang_minutes"):  # fmt: skip
             positive(f"pretrain.{key}", getattr(p, key))
         for key in ("warmup_epochs", "weight_decay", "gpus_per_worker", "min_lr", "max_failures"):
             positive(f"pretrain.{key}", getattr(p, key), zero=True)
@@ -162,8 +162,11 @@ def validate(e: Experiment, source: str) -> None:
             fraction(f"pretrain.{key}", getattr(p, key))
         if not 0 <= p.max_skipped <= 1:
             raise wrong("pretrain.max_skipped", f"must be a share between 0 and 1, it is {p.max_skipped}")
-        if p.workers > p.batch_size:
-            raise wrong("pretrain.workers", f"{p.workers} workers cannot share a global batch of {p.batch_size}")
+        given = p.workers if isinstance(p.workers, list) else [p.workers]
+        if not given or not all(type(n) is int and n > 0 for n in given) or given != sorted(given)[:2]:
+            raise wrong("pretrain.workers", f"must be a number above 0 or two, [fewest, most]; it is {p.workers}")
+        if given[-1] > p.batch_size:
+            raise wrong("pretrain.workers", f"{given[-1]} workers cannot share a global batch of {p.batch_size}")
         if len(p.betas) != 2 or not all(0 <= b < 1 for b in p.betas):
             raise wrong("pretrain.betas", f"must be two numbers from 0 to 1, it is {p.betas}")
         low_high = p.channel_fraction

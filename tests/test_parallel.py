@@ -18,7 +18,7 @@ from copernicus.models import create_model, load_weights
 from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, freeze_unreached, weigh
 from copernicus.platform.parallel import parallelise, restore, whole_state
-from copernicus.platform.pretrain import _Evaluation
+from copernicus.platform.pretrain_worker import Evaluation
 from copernicus.platform.to_device import tensors
 
 SENSORS = ["s1_grd", "s2_toa", "s5p_o3"]  # spectral ones and a variable; every sixth grid has no radar
@@ -66,7 +66,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         held_out = dataclasses.replace(self.index, rows=self.index.rows[:HELD_OUT])
         one_row = dataclasses.replace(self.plan, settings=dataclasses.replace(self.plan.settings, batch_size=WORLD))
-        return _Evaluation(one_row, held_out, self.rank, self.world, CPU)(self.model, {})
+        return Evaluation(one_row, held_out, self.rank, self.world, CPU)(self.model, {})
 
     def save(self, path: Path) -> None:
         model, optimizer = whole_state(self.loss, self.optimizer)

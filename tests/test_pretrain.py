@@ -26,6 +26,7 @@ from copernicus.platform.checkpoint import architecture
 from copernicus.platform.experiment import Model, Pretrain
 from copernicus.platform.objective import PerRowLoss, Plan, autocast_dtype, build_autoencoder, freeze_unreached, weigh
 from copernicus.platform.pretrain import PretrainFailed, check_resources, pretrain
+from copernicus.platform.pretrain_worker import backward, split
 from copernicus.platform.session import ray_session
 from copernicus.platform.to_device import tensors
 
@@ -111,11 +112,39 @@ def test_autocast_holds_inside_the_loss(shards):
     torch.testing.assert_close(full, half, rtol=0.02, atol=1e-3)
 
 
+@pytest.mark.parametrize("preset", ["default", "published"])
+def test_parts_of_a_batch_add_up_to_its_gradients(shards, preset):
+    """Against one pass over all rows; the parts are of unequal size, and one row has no sensor at all."""
+    gradients, figures = {}, {}
+    for most in (None, 3, 1):
+        chosen = plan(settings(shards, micro_batch_size=most, preset=preset))
+        module = PerRowLoss(build_autoencoder(chosen), chosen.sensors)
+        freeze_unreached(module, chosen)
+        grids = index_shards(str(shards)).entries(range(7))
+        batch = tensors(chosen.reader(augment=True).batch([*((g, 0, 0) for g in grids), None]), torch.device("cpu"))
+        batch["metadata"] = chosen.metadata(batch, 0)
+        figures[most] = backward(chosen, module, batch, 0, torch.tensor(1 / 7))
+        gradients[most] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert figures[None][2].max() <= 7
+    for most in (3, 1):
+        torch.testing.assert_close(figures[most], figures[None])
+        torch.testing.assert_close(gradients[most], gradients[None], rtol=1e-4, atol=1e-6)
+
+
+def test_parts_are_no_larger_than_asked_and_lose_no_row():
+    batch = {"present": torch.ones(8, 2), "x": torch.arange(8)}
+    for most, sizes in ((None, [8]), (8, [8]), (100, [8]), (7, [4, 4]), (3, [3, 3, 2]), (1, [1] * 8)):
+        parts = split(batch, most)
+        assert [len(part["x"]) for part in parts] == sizes
+        assert torch.cat([part["x"] for part in parts]).tolist() == list(range(8))
+
+
 def test_too_few_cpus_are_refused_with_the_sum():
     with pytest.raises(InputError, match=r"2 workers x 1.0 CPU \+ 1.0 CPU for reading = 3 CPUs, but the cluster has 2"):
         check_resources(Pretrain(workers=2, cpus_per_worker=1.0), {"CPU": 2.0})
     with pytest.raises(InputError, match="GPU"):
         check_resources(Pretrain(workers=2, cpus_per_worker=0.5, gpus_per_worker=1.0), {"CPU": 8.0, "GPU": 1.0})
+    check_resources(Pretrain(workers=[1, 64], cpus_per_worker=1.0), {"CPU": 2.0})
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import psutil
@@ -178,6 +180,40 @@ def test_a_cell_whose_process_dies_is_begun_again(settings, tmp_path):
     assert {t.status for t in journal.trials.values()} == {FINISHED}
 
 
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_is_run_again(settings, tmp_path):
+    """Both in the search, where Tune starts it, and among the seeds."""
+    chosen = dataclasses.replace(settings, encoders={"good": settings.encoders["good"]}, trials=1, seeds=1, epochs=300)
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill(names: tuple[str, ...]) -> None:
+        while not over.is_set() and names:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if names[0] in process.cmdline()[0] and process.cpu_times().user > 1:
+                        process.kill()
+                        killed.append(process.pid)
+                        names = names[1:]
+                        break
+            over.wait(0.05)
+
+    thread = threading.Thread(target=kill, args=(("ray::ImplicitFunc", "ray::run_trial"),))
+    thread.start()
+    try:
+        journal, failed, heard = run(chosen, tmp_path)
+    finally:
+        over.set()
+        thread.join()
+    assert len(set(killed)) == 2
+    assert not failed
+    assert sorted(heard) == ["eurosat_s2-good-final-1", "eurosat_s2-good-search-0"]
+    assert {t.status for t in journal.trials.values()} == {FINISHED}
+    whole, _, _ = run(chosen, tmp_path / "undisturbed")
+    scores = [{k: {n: v for n, v in t.metrics.items() if n != "seconds"} for k, t in j.trials.items()} for j in (journal, whole)]  # fmt: skip
+    assert scores[0] == scores[1]
+
+
 def test_a_sweep_of_which_nothing_works_fails(settings, tmp_path):
     broken = dataclasses.replace(settings, encoders={"broken": settings.encoders["broken"]})
     with pytest.raises(SweepFailed, match=r"every cell failed; eurosat_s2-broken: .*nowhere\.pth"):
@@ -219,6 +255,13 @@ def test_asha_stops_what_falls_behind_and_repeats_a_setting_that_was_not_stopped
     assert all(len(t.curve) < 24 for t in stopped)
     assert all(len(t.curve) == 24 for t in finished)
     assert journal.of("eurosat_s2-good", FINAL)[0].settings in [t.settings for t in finished]
+
+
+def test_a_cluster_that_grows_is_asked_for_trials(settings, monkeypatch):
+    monkeypatch.setenv("COPERNICUS_AUTOSCALING", "1")
+    assert trial_slots(dataclasses.replace(settings, max_concurrent=24, gpus_per_trial=1), [{"CPU": 2.0}]) == 24
+    assert trial_slots(dataclasses.replace(settings, gpus_per_trial=1), [{"CPU": 2.0}]) == 8
+    assert trial_slots(settings, [{"CPU": 64.0}]) == 64
 
 
 def test_how_many_trials_fit():

@@ -1,0 +1,218 @@
+"""What becomes of a training run's failed attempts: each is told, and those in a row without progress are counted.
+
+Ray Train (2.60) counts all failures of a run together. A run of weeks on spot machines loses nodes every day, so any
+such number is too small; one that cannot work at all must not be repeated for ever, so none is too large. Here Ray is
+told to repeat always, and `Attempts` stops the run. It lives in Ray Train's controller, a process on the driver's node,
+where it hears of every change of state; what it raises there ends the run (`after_controller_state_update` is the one
+hook that hears of workers' failures, of failed starts and of preemptions alike).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
+
+PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0
+"""Before the second failure in a row is repeated, and at most; it doubles in between. A cause outside of the run (a node
+that is just booting, a storage that is away) is given time to pass."""
+
+VERDICT_S = 40.0
+"""How long a node may take to be known as dead: until then Ray puts workers on it again, and they fail again."""
+
+TICK_S = 1.0
+
+
+class TooManyFailures(RuntimeError):
+    """The run was stopped; the message says after what."""
+
+
+class Attempts(ControllerCallback, ReportCallback, WorkerGroupCallback):
+    """For ``RunConfig(callbacks=[...])``, beside ``FailureConfig(max_failures=-1)``.
+
+    A new checkpoint is progress. A preemption is told and not counted. A run that ends through this raises
+    ``ray.train.ControllerError`` from ``fit()``, whose ``controller_failure`` is a `TooManyFailures`.
+
+    Args:
+        tell: takes one line for each failure and each wait; is called in the controller's process, must be picklable,
+            and must not block.
+        max_failures: so many failures in a row without a new checkpoint are repeated; one more ends the run.
+        room_s: how long the workers' resources may be missing before the run is ended; None: for ever, where a cluster
+            brings nodes by itself.
+        explain: asked at each failure of workers for more about it (`hang_watch.HangReports`); None or text.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[[str], Any],
+        max_failures: int,
+        room_s: float | None = 600.0,
+        explain: Callable[[], str | None] = lambda: None,
+    ):
+        self.tell, self.max_failures, self.room_s, self.explain = tell, max_failures, room_s, explain
+        self.in_a_row = 0
+        self._workers: dict[int, tuple[str, str]] = {}  # rank -> (node's id, host and address)
+        self._waiting_since: float | None = None
+        self._told_waiting = False
+
+    def after_report(self, training_report: Any, metrics: Any) -> None:
+        if training_report.checkpoint is not None:
+            self.in_a_row = 0
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._waiting_since, self._told_waiting = None, False
+        self._workers = {
+            worker.distributed_context.world_rank: (
+                worker.metadata.node_id,
+                f"{worker.metadata.hostname} ({worker.metadata.node_ip})",
+            )
+            for worker in worker_group.get_workers()
+        }
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Every step of the controller. What this raises is not repeated: it ends the run.
+
+        Raises:
+            TooManyFailures: and the workers are stopped.
+        """
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+        from ray.train.v2._internal.execution.controller.state import (
+            ErroredState,
+            InitializingState,
+            ReschedulingState,
+            RestartingState,
+            SchedulingState,
+            ShuttingDownState,
+        )
+        from ray.train.v2.api.exceptions import PreemptionError
+
+        waiting = isinstance(current_state, InitializingState | ReschedulingState | RestartingState)
+        if current_state is previous_state:
+            if waiting:  # an elastic run goes round here until its fewest workers fit, without a pause of its own
+                self._wait_for_room()
+                time.sleep(TICK_S)
+        elif isinstance(current_state, SchedulingState):
+            self._waiting_since = self._waiting_since or time.monotonic()
+        elif isinstance(current_state, ShuttingDownState) and isinstance(current_state.next_state, ErroredState):
+            error = current_state.next_state.training_failed_error
+            if not isinstance(_inner(error), TooManyFailures):
+                self.tell(f"the run ends: {self._says(error)}")
+        elif isinstance(current_state, ReschedulingState | RestartingState):
+            error = current_state.training_failed_error
+            if isinstance(_inner(error), WorkerGroupStartupTimeoutError):
+                self._wait_for_room()
+            elif isinstance(error, PreemptionError) or _preempted(error):
+                self.tell(f"{self._says(error)}; this goes on from the last checkpoint with the nodes that are left")
+            else:
+                self._failed(error)
+
+    def _failed(self, error: Any) -> None:
+        self.in_a_row += 1
+        what = self._says(error)
+        if (more := self.explain()) is not None:
+            what = f"{what}\n{more}\n"
+        if self.in_a_row > self.max_failures:
+            raise TooManyFailures(f"{self.in_a_row} failures in a row without a new checkpoint; the last one: {what}")
+        count = f"failure {self.in_a_row} without a new checkpoint, of at most {self.max_failures}"
+        self.tell(f"{what}; repeated from the last checkpoint ({count})")
+        self._await_verdict(error)
+        if self.in_a_row > 1:
+            # This holds the controller up, which has nothing else to do, and Ctrl-C as long.
+            time.sleep(min(PAUSE_S * 2 ** (self.in_a_row - 2), LONGEST_PAUSE_S))
+
+    def _wait_for_room(self) -> None:
+        now = time.monotonic()
+        self._waiting_since = self._waiting_since or now
+        waited = now - self._waiting_since
+        if self.room_s is not None and waited > self.room_s:
+            raise TooManyFailures(f"for {waited:.0f} s the cluster had too little room for the workers; {_room()}")
+        if waited > 5 and not self._told_waiting:
+            self._told_waiting = True
+            self.tell(f"waiting for room for the workers; {_room()}")
+
+    def _await_verdict(self, error: Any) -> None:
+        """Workers that are just unreachable were most likely on a node that died. Wait until Ray knows."""
+        import ray
+        from ray.exceptions import ActorUnavailableError
+
+        failures = getattr(error, "worker_failures", None) or {}
+        doubtful = {
+            self._workers[rank][0]
+            for rank, failure in failures.items()
+            if rank in self._workers and isinstance(_inner(failure), ActorUnavailableError)
+        }
+        deadline = time.monotonic() + VERDICT_S
+        while doubtful and time.monotonic() < deadline:
+            if not doubtful & {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
+                return
+            time.sleep(TICK_S)
+
+    def _says(self, error: Any) -> str:
+        """One line: who failed, where, and why."""
+        failures = getattr(error, "worker_failures", None)
+        if not failures:
+            return cause(error)
+        rank = min(failures, key=lambda rank: (_collateral(failures[rank]), rank))
+        where = f" on {self._workers[rank][1]}" if rank in self._workers else ""
+        others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        return f"rank {rank}{where} failed{others}: {cause(failures[rank])}"
+
+
+def cause(error: BaseException) -> str:
+    """Why, in a line, of what Ray Train has for an error."""
+    from ray.exceptions import ActorUnavailableError, RayActorError
+
+    inner = _inner(error)
+    text = str(inner).strip()
+    if isinstance(inner, ActorUnavailableError):
+        return "it cannot be reached: its process, its node or the network is gone"
+    if isinstance(inner, RayActorError):
+        if match := re.search(r"Worker exit detail: (.*)", text):
+            return f"its process ended: {_first_sentence(match[1])}"
+        if "node" in text and "died" in text:
+            return "its node died"
+    lines = text.splitlines() or [""]
+    # What Ray raises says the most important first; Python's own errors end with it.
+    line = lines[0] if type(inner).__module__.startswith("ray.") else lines[-1]
+    return f"{type(inner).__name__}: {line.strip()}"
+
+
+_COLLATERAL = re.compile(
+    r"connection (closed|reset)|broken pipe|timed out waiting|gloo|nccl|store.*(closed|timeout)", re.I
+)
+
+
+def _collateral(error: BaseException) -> bool:
+    """Whether this is what ranks say when another one is gone."""
+    from ray.exceptions import RayActorError
+
+    inner = _inner(error)
+    return not isinstance(inner, RayActorError) and bool(_COLLATERAL.search(str(inner)))
+
+
+def _inner(error: Any) -> BaseException:
+    """What is wrapped by Ray Train."""
+    for name in ("controller_failure", "health_check_failure"):
+        error = getattr(error, name, None) or error
+    return error
+
+
+def _preempted(error: Any) -> bool:
+    failures = getattr(error, "worker_failures", None) or {}
+    return any(getattr(_inner(failure), "preempted", False) for failure in failures.values())
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[a-z\d)])\. (?=[A-Z])", text.strip())[0].rstrip(".")
+
+
+def _room() -> str:
+    import ray
+
+    free, there = ray.available_resources(), ray.cluster_resources()
+    parts = [f"{free.get(name, 0):g} of {there[name]:g} {name}s free" for name in ("CPU", "GPU") if name in there]
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return f"{nodes} nodes, {', '.join(parts) or 'without CPUs'}"

@@ -1,0 +1,272 @@
+"""Failures told and counted: with Ray Train's own states and errors, and in runs whose workers fail for real."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+import ray.train
+from ray.exceptions import ActorUnavailableError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.controller.state import (
+    ErroredState,
+    InitializingState,
+    ReschedulingState,
+    RestartingState,
+    RunningState,
+    SchedulingState,
+    ShuttingDownState,
+)
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from copernicus.platform import attempts
+from copernicus.platform.attempts import Attempts, TooManyFailures, cause
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """No pauses; what is known of the cluster."""
+    monkeypatch.setattr(attempts, "PAUSE_S", 0.0)
+    monkeypatch.setattr(attempts, "TICK_S", 0.0)
+    monkeypatch.setattr(attempts, "_room", lambda: "2 nodes, 0 of 2 CPUs free")
+
+
+def failed(*messages: str) -> RestartingState:
+    failures = {rank: ValueError(message) for rank, message in enumerate(messages) if message}
+    return RestartingState(WorkerGroupError("", failures))
+
+
+def group(hosts: list[str]) -> SimpleNamespace:
+    workers = [
+        SimpleNamespace(
+            distributed_context=SimpleNamespace(world_rank=rank),
+            metadata=SimpleNamespace(node_id=host, hostname=host, node_ip=f"10.0.0.{rank}"),
+        )
+        for rank, host in enumerate(hosts)
+    ]
+    return SimpleNamespace(get_workers=lambda: workers)
+
+
+def report(checkpoint: object = None) -> SimpleNamespace:
+    return SimpleNamespace(checkpoint=checkpoint)
+
+
+def test_failures_with_progress_between_them_are_no_end(hurried):
+    told: list[str] = []
+    watch = Attempts(told.append, max_failures=1)
+    for _ in range(20):
+        watch.after_controller_state_update(RunningState(), failed("boom"))
+        watch.after_report(report("a checkpoint"), [])
+    assert len(told) == 20
+
+
+def test_failures_in_a_row_are(hurried):
+    told: list[str] = []
+    watch = Attempts(told.append, max_failures=2)
+    watch.after_worker_group_start(group(["one", "two"]))
+    watch.after_report(report("a checkpoint"), [])
+    for _ in range(2):
+        watch.after_controller_state_update(RunningState(), failed("", "boom"))
+        watch.after_report(report(), [])  # figures alone are no progress
+    assert len(told) == 2
+    assert told[1].startswith("rank 1 on two (10.0.0.1) failed: ValueError: boom; repeated from the last checkpoint")
+    assert "failure 2 without a new checkpoint, of at most 2" in told[1]
+    with pytest.raises(TooManyFailures, match=r"3 failures in a row without a new checkpoint.*rank 1 on two.*boom"):
+        watch.after_controller_state_update(RunningState(), failed("", "boom"))
+
+
+def test_who_is_to_blame(hurried):
+    told: list[str] = []
+    watch = Attempts(told.append, max_failures=9)
+    collateral = "[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:25120"
+    watch.after_controller_state_update(RunningState(), failed(collateral, "first line\nout of range", collateral))
+    assert told[0].startswith("rank 1 failed (and 2 more): ValueError: out of range")
+
+
+def test_what_is_known_of_a_hang_is_told(hurried):
+    told: list[str] = []
+    reports = iter([None, "no step for 30 min on 2 of 2 workers", "again"])
+    watch = Attempts(told.append, 2, explain=lambda: next(reports))
+    for _ in range(2):
+        watch.after_controller_state_update(RunningState(), failed("boom"))
+    assert "no step" not in told[0]
+    assert "no step for 30 min" in told[1]
+    with pytest.raises(TooManyFailures, match="again"):
+        watch.after_controller_state_update(RunningState(), failed("boom"))
+
+
+def test_preemptions_are_told_and_not_counted(hurried):
+    told: list[str] = []
+    watch = Attempts(told.append, max_failures=0)
+    error = PreemptionError(PreemptionInfo(None, {"node": [1]}))
+    for _ in range(5):
+        watch.after_controller_state_update(RunningState(), RestartingState(error))
+    assert len(told) == 5
+    assert "preempt" in told[0]
+
+
+def test_the_rooms_patience(hurried, monkeypatch):
+    """Ray repeats starts that time out for ever, and an elastic run loops until its fewest workers fit."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    timeout = ReschedulingState(ControllerError(WorkerGroupStartupTimeoutError(2)))
+    told: list[str] = []
+    watch = Attempts(told.append, max_failures=0, room_s=600)
+    now[0] += 1
+    for _ in range(9):
+        watch.after_controller_state_update(RunningState(), SchedulingState(None))
+        now[0] += 60
+        watch.after_controller_state_update(RunningState(), timeout)
+    assert told == ["waiting for room for the workers; 2 nodes, 0 of 2 CPUs free"]
+    now[0] += 100
+    with pytest.raises(TooManyFailures, match=r"for 640 s .* too little room .* 0 of 2 CPUs free"):
+        watch.after_controller_state_update(RunningState(), timeout)
+    state, watch = InitializingState(), Attempts(told.append, 0, room_s=600)
+    watch.after_controller_state_update(state, state)
+    watch.after_worker_group_start(group(["one"]))
+    now[0] += 1000
+    watch.after_controller_state_update(state, state)
+    now[0] += 601
+    with pytest.raises(TooManyFailures):
+        watch.after_controller_state_update(state, state)
+    patient = Attempts(told.append, 0, room_s=None)
+    for _ in range(3):
+        patient.after_controller_state_update(state, state)
+        now[0] += 1e6
+
+
+def test_a_node_that_may_be_dead_is_waited_for(hurried, monkeypatch):
+    alive = iter([True, True, False])
+    asked: list[bool] = []
+
+    def nodes():
+        asked.append(next(alive))
+        return [{"NodeID": "two", "Alive": asked[-1]}, {"NodeID": "one", "Alive": True}]
+
+    monkeypatch.setattr(ray, "nodes", nodes)
+    told: list[str] = []
+    watch = Attempts(told.append, max_failures=3)
+    watch.after_worker_group_start(group(["one", "two"]))
+    gone = WorkerHealthCheckFailedError("", failure=ActorUnavailableError("RpcError: connection reset", b"0" * 16))
+    watch.after_controller_state_update(RunningState(), RestartingState(WorkerGroupError("", {1: gone})))
+    assert asked == [True, True, False]
+    assert "rank 1 on two (10.0.0.1) failed: it cannot be reached" in told[0]
+
+
+def test_an_end_that_is_not_ours_is_told(hurried):
+    told: list[str] = []
+    end = ShuttingDownState(ErroredState(ControllerError(RuntimeError("no such file"))))
+    Attempts(told.append, 3).after_controller_state_update(RunningState(), end)
+    assert told == ["the run ends: RuntimeError: no such file"]
+    told.clear()
+    end = ShuttingDownState(ErroredState(ControllerError(TooManyFailures("..."))))
+    Attempts(told.append, 3).after_controller_state_update(RunningState(), end)  # who stopped it says so
+    assert told == []
+
+
+def test_causes():
+    assert cause(ValueError("a\nb")) == "ValueError: b"
+    assert cause(ValueError()) == "ValueError: "
+
+
+# From here on real runs.
+
+
+@pytest.fixture(scope="module")
+def board() -> Iterator:
+    import os
+
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "3"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+    class Board:
+        def __init__(self):
+            self.lines, self.begun = [], 0
+
+        def tell(self, line):
+            self.lines.append(line)
+
+        def begin(self):
+            self.begun += 1
+            return self.begun
+
+        def take(self):
+            lines, self.lines, self.begun = self.lines, [], 0
+            return lines
+
+    yield ray.remote(num_cpus=0)(Board).remote()
+    ray.shutdown()
+    del os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]
+
+
+def loop(config: dict) -> None:
+    """One worker; each attempt does what the plan has for it."""
+    import os
+    import signal
+    import tempfile
+
+    attempt = ray.get(config["board"].begin.remote())
+    for act in config["plan"][attempt - 1].split():
+        if act == "save":
+            with tempfile.TemporaryDirectory() as folder:
+                ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        elif act == "raise":
+            raise ValueError(f"in attempt {attempt}")
+        elif act == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit(board, folder: Path, plan: list[str], workers: int = 1, **more) -> tuple[list[str], str | None]:
+    """What was told, and why the run was stopped."""
+    trainer = DataParallelTrainer(
+        loop,
+        train_loop_config={"board": board, "plan": plan},
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        run_config=ray.train.RunConfig(
+            name="attempts",
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=[Attempts(lambda line: board.tell.remote(line), **more)],
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.ControllerError as error:
+        if not isinstance(error.controller_failure, TooManyFailures):
+            raise
+        return ray.get(board.take.remote()), str(error.controller_failure)
+    return ray.get(board.take.remote()), None
+
+
+@pytest.mark.slow
+def test_more_failures_than_allowed_in_a_row_in_all(board, tmp_path):
+    told, stopped = fit(board, tmp_path, ["save raise", "save die", "save raise", "save"], max_failures=1)
+    assert stopped is None
+    assert [line.split(" failed: ")[1].split(":")[0] for line in told] == [
+        "ValueError", "its process ended", "ValueError",
+    ]  # fmt: skip
+    assert all("(failure 1 without a new checkpoint, of at most 1)" in line for line in told)
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_work_is_stopped(board, tmp_path):
+    told, stopped = fit(board, tmp_path, ["save raise", "raise", "never"], max_failures=1)
+    assert len(told) == 1
+    assert "ValueError: in attempt 1" in told[0]
+    assert "2 failures in a row" in stopped
+    assert "rank 0 on " in stopped
+    assert "ValueError: in attempt 2" in stopped
+
+
+@pytest.mark.slow
+def test_a_cluster_too_small_ends_the_run(board, tmp_path):
+    told, stopped = fit(board, tmp_path, ["never"], workers=3, max_failures=1, room_s=7)
+    assert len(told) == 1
+    assert told[0].startswith("waiting for room for the workers; 1 nodes, 2 of 2 CPUs free")
+    assert "too little room" in stopped
