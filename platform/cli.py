@@ -1,4 +1,4 @@
-"""The ``copernicus`` command. Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
+"""The ``copernicus`` command. Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted, 143 terminated."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Experiments with the Copernicus Earth-observation foundation model, on Ray.",
 )
+TERMINATED = 143
 data = typer.Typer(no_args_is_help=True, help="Make, convert and inspect data.")
 app.add_typer(data, name="data")
 
@@ -24,6 +25,14 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, as in pretrain.epochs=5.", metavar="[KEY=VALUE]...")
 ]
 Yaml = Annotated[Path, typer.Argument(help="The experiment YAML.", metavar="EXPERIMENT.yaml")]
+Cluster = Annotated[
+    Path | None, typer.Option(help="The file that `ray up` was given; reached through SSH.", metavar="CLUSTER.yaml")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="The job server, http://...", show_default="RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265"),
+]
+Job = Annotated[str, typer.Argument(help="As `copernicus jobs` lists it.", metavar="JOB")]
 
 
 def console() -> Console:
@@ -43,8 +52,10 @@ def run(
 
     loaded = load_experiment(experiment, overrides or [])
     from copernicus.platform.run import run_experiment
+    from copernicus.platform.session import ending_on_sigterm
 
-    run_experiment(loaded, console(), fresh=fresh, verbose=verbose)
+    with ending_on_sigterm():
+        run_experiment(loaded, console(), fresh=fresh, verbose=verbose)
 
 
 @app.command()
@@ -73,6 +84,56 @@ def check(
         out.print(f"[green]ok[/] {file} ({loaded.kind}, {loaded.fingerprint})")
     if failed:
         raise typer.Exit(2)
+
+
+@app.command()
+def submit(
+    experiment: Yaml,
+    overrides: Overrides = None,
+    cluster: Cluster = None,
+    address: Address = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; earlier results are kept aside.")] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="The nodes' shared folder to work in.", show_default="the head's COPERNICUS_STORAGE"),
+    ] = None,
+) -> None:
+    """Run an experiment on a cluster, as a job of the code that is installed here; follow its log; end as it ends."""
+    from copernicus.platform.submit import Where, submit_command
+
+    raise typer.Exit(
+        submit_command(experiment, overrides or [], Where(cluster, address), console(), detach, fresh, storage)
+    )
+
+
+@app.command()
+def jobs(cluster: Cluster = None, address: Address = None) -> None:
+    """List a cluster's jobs."""
+    from copernicus.platform.submit import Where, jobs_command
+
+    jobs_command(Where(cluster, address), console())
+
+
+@app.command()
+def logs(
+    job: Job,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends; ends as it ends.")] = False,
+    cluster: Cluster = None,
+    address: Address = None,
+) -> None:
+    """Print a job's log."""
+    from copernicus.platform.submit import Where, logs_command
+
+    raise typer.Exit(logs_command(job, Where(cluster, address), console(), follow))
+
+
+@app.command()
+def stop(job: Job, cluster: Cluster = None, address: Address = None) -> None:
+    """End a job; submitted again, the experiment goes on where it stopped."""
+    from copernicus.platform.submit import Where, stop_command
+
+    raise typer.Exit(stop_command(job, Where(cluster, address), console()))
 
 
 @app.command()
@@ -174,8 +235,14 @@ def export(
 def ui(
     uri: Annotated[str, typer.Option(help="The MLflow store.")] = "sqlite:///mlflow.db",
     port: Annotated[int, typer.Option(help="Port on loopback.")] = 5000,
+    cluster: Cluster = None,
 ) -> None:
-    """Open the MLflow store's web page at http://127.0.0.1:5000 (Ctrl-C ends it)."""
+    """Open the MLflow store's web page, or that of a cluster's server, at http://127.0.0.1:5000 (Ctrl-C ends it)."""
+    if cluster is not None:
+        from copernicus.platform.submit import ui_command
+
+        ui_command(cluster, port, console())
+        return
     from copernicus.platform.tracking import serve
 
     page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
@@ -377,6 +444,10 @@ def main() -> None:
     except typer.Abort:  # what click makes of Ctrl-C
         _complain("interrupted; the same command goes on where it stopped")
         code = 130
+    except SystemExit as error:
+        if error.code == TERMINATED:
+            _complain("terminated; the same command goes on where it stopped")
+        raise
     except Exception as error:
         code = _failed(error)
     sys.exit(code if isinstance(code, int) else 0)
@@ -389,6 +460,7 @@ def _failed(error: Exception) -> int:
         error.show()
         return 2
     from copernicus.datasets.storage import StoreError
+    from copernicus.platform.cluster import JobServerLost
     from copernicus.platform.convert import ConvertFailed
     from copernicus.platform.fetch import FetchFailed
     from copernicus.platform.pretrain import PretrainFailed
@@ -397,6 +469,9 @@ def _failed(error: Exception) -> int:
 
     if isinstance(error, (FetchFailed, NotRecorded)):
         _complain(f"{error}")
+        return 1
+    if isinstance(error, JobServerLost):
+        _complain(f"the job server: {error}")
         return 1
     if isinstance(error, ConvertFailed):
         _complain(f"{error}. The same command goes on where it stopped")

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import re
 import types
 import typing
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -29,6 +30,7 @@ from omegaconf.errors import (
 )
 
 from copernicus.datasets.sensors import SENSORS, InputError
+from copernicus.platform.secrets import find_secrets
 from copernicus.platform.tracking import mask
 
 # Optional[...] rather than `| None` below: OmegaConf reads these annotations on Python 3.10 too.
@@ -41,9 +43,10 @@ class ExperimentError(InputError):
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where runs are recorded. ``uri``: an MLflow store or server."""
+    """Where runs are recorded. ``uri``: an MLflow store or server; left out, the one that MLFLOW_TRACKING_URI names, else
+    a file in the working directory."""
 
-    uri: str = "sqlite:///mlflow.db"
+    uri: str = field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
     experiment: str = "copernicus"
 
 
@@ -289,18 +292,52 @@ SECTIONS = {"pretrain": ("pretrain",), "sweep": ("sweep",), "pipeline": ()}
 NESTED = {"encoders": Encoder, "search": Space}
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(path: str | Path, overrides: Sequence[str] = (), here: bool = True) -> Experiment:
     """Read, override (``section.key=value``), resolve and validate an experiment.
+
+    ``here=False``: it will run on another machine. Files that it names need not exist on this one, and an environment
+    variable without a default stands for itself (`unknown`); credentials are refused, as others will see the YAML.
 
     Raises:
         ExperimentError: anything wrong with the file, a key, a type or a value; or a file it names does not exist.
     """
     source = str(path)
+    given = _read(source, overrides, passwords=not here)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        if not here:
+            given = OmegaConf.create(_stand_ins(OmegaConf.to_container(given, resolve=False)))
+        plain = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
+    except (InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException) as error:
+        raise ExperimentError(f"{source}: {_full_key(error)}{_first_line(error)}") from None
+    assert isinstance(plain, dict)
+    _check_keys(plain, Experiment, "", source)
+    if isinstance(section := plain.get("pretrain"), dict) and section.get("preset") == "published":
+        plain["pretrain"] = {**PUBLISHED, **section}
+    experiment = _typed(plain, source)
+    from copernicus.datasets.bench import select_tasks
+    from copernicus.platform.validation import validate  # which reads the schema above
+
+    validate(experiment, source, elsewhere=not here)
+    if experiment.sweep is not None and not any(map(unknown, experiment.sweep.tasks)):
+        named = dataclasses.replace(experiment.sweep, tasks=select_tasks(experiment.sweep.tasks))
+        experiment = dataclasses.replace(experiment, sweep=named)
+    return experiment
+
+
+def _read(source: str, overrides: Sequence[str], passwords: bool) -> DictConfig:
+    """The YAML with its overrides, unresolved. Access tokens are refused; ``passwords``: those too."""
+    try:
+        text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise ExperimentError(f"{source}: {reason}; give the path of an experiment YAML (see experiments/)") from None
+    found = [(f"{source}: {where}", what) for where, what in find_secrets(text, passwords)]
+    found += [(f"override {o.partition('=')[0]}", what) for o in overrides for _, what in find_secrets(o, passwords)]
+    for where, what in found:
+        raise ExperimentError(
+            f"{where}: holds {what}, which job pages and logs would show; set it in the environment of the machine that "
+            "runs the experiment (of a cluster, its head) and write ${oc.env:NAME} where a value needs it"
+        )
     try:
         given = OmegaConf.create(text)
     except yaml.YAMLError as error:
@@ -309,7 +346,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ExperimentError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     except OmegaConfBaseException as error:
         raise ExperimentError(f"{source}: {_first_line(error)}") from None
-    if not OmegaConf.is_dict(given):
+    if not isinstance(given, DictConfig):
         raise ExperimentError(f"{source}: an experiment is a mapping of keys to values, not {type(given).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -325,28 +362,54 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
             ) from None
         except OmegaConfBaseException as error:
             raise ExperimentError(f"override {override!r}: {_first_line(error)}") from None
-    try:
-        plain = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
-    except (InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException) as error:
-        raise ExperimentError(f"{source}: {_full_key(error)}{_first_line(error)}") from None
-    assert isinstance(plain, dict)
-    _check_keys(plain, Experiment, "", source)
-    if isinstance(section := plain.get("pretrain"), dict) and section.get("preset") == "published":
-        plain["pretrain"] = {**PUBLISHED, **section}
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.create(plain))
-        experiment = OmegaConf.to_object(merged)
-    except (ConfigKeyError, ConfigAttributeError, OmegaConfBaseException) as error:
-        raise ExperimentError(f"{source}: {_full_key(error)}{_first_line(error)}") from None
-    assert isinstance(experiment, Experiment)
-    from copernicus.datasets.bench import select_tasks
-    from copernicus.platform.validation import validate  # which reads the schema above
+    return given
 
-    validate(experiment, source)
-    if experiment.sweep is not None:
-        named = dataclasses.replace(experiment.sweep, tasks=select_tasks(experiment.sweep.tasks))
-        experiment = dataclasses.replace(experiment, sweep=named)
-    return experiment
+
+def _typed(plain: dict[Any, Any], source: str) -> Experiment:
+    while True:
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.create(plain))
+            experiment = OmegaConf.to_object(merged)
+        except (ConfigKeyError, ConfigAttributeError, OmegaConfBaseException) as error:
+            # What stands for a variable is a text: where another type is wanted, the default is as good a guess.
+            if not _drop_unknown(plain, str(getattr(error, "full_key", None) or "")):
+                raise ExperimentError(f"{source}: {_full_key(error)}{_first_line(error)}") from None
+        else:
+            assert isinstance(experiment, Experiment)
+            return experiment
+
+
+STAND_IN = "env."
+"""Begins what stands for an environment variable of another machine: ``env.NAME``."""
+
+
+def unknown(value: str) -> bool:
+    """Whether the value depends on an environment variable of the machine that will run the experiment."""
+    return STAND_IN in value
+
+
+def _stand_ins(tree: Any) -> Any:
+    """``${oc.env:NAME}`` -> ``env.NAME``, ``${oc.env:NAME,default}`` -> ``default``, whatever is set here."""
+    if isinstance(tree, Mapping):
+        return {key: _stand_ins(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_stand_ins(value) for value in tree]
+    if isinstance(tree, str):
+        tree = re.sub(r"\$\{oc\.env:\s*[\w.]+\s*,\s*([^{}]*?)\s*\}", r"\1", tree)
+        return re.sub(r"\$\{oc\.env:\s*([\w.]+)\s*\}", rf"{STAND_IN}\1", tree)
+    return tree
+
+
+def _drop_unknown(plain: dict[Any, Any], full_key: str) -> bool:
+    """Takes the value at ``full_key`` out if it stands for a variable."""
+    *parents, last = full_key.split(".")
+    section: Any = plain
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, Mapping) else None
+    if not isinstance(section, dict) or not isinstance(value := section.get(last), str) or not unknown(value):
+        return False
+    del section[last]
+    return True
 
 
 def _check_keys(given: Mapping[Any, Any], schema: type, path: str, source: str) -> None:

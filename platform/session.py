@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -40,13 +42,44 @@ def ray_session(verbose: bool = False) -> Iterator[dict[str, float]]:
     # Two logical CPUs at least: one worker and the reading of its data must fit even on a one-core machine.
     local: dict[str, Any] = {} if address else {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
     # Without RAY_ADDRESS Ray would join any cluster that somebody has started on this machine.
-    ray.init(address=address or "local", logging_level=level, log_to_driver=verbose, configure_logging=True, **local)
+    with keeping_sigterm():
+        ray.init(
+            address=address or "local", logging_level=level, log_to_driver=verbose, configure_logging=True, **local
+        )
     if not verbose:
         silence()
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the process in good order, as Ctrl-C does: with SystemExit(143)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Ray takes the signal for itself, and would end the process with another code."""
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, previous)
 
 
 def silence() -> None:

@@ -341,7 +341,7 @@ class Creation:
         start_ms: int,
         begun: bool = False,
     ):
-        all_tags = {"mlflow.runName": name, "mlflow.user": _user(), "mlflow.source.name": "copernicus"} | dict(tags)
+        all_tags = {"mlflow.runName": name, "mlflow.user": user_name(), "mlflow.source.name": "copernicus"} | dict(tags)
         if parent is not None:
             all_tags[PARENT_TAG] = parent
         self.tracker, self.name, self.start_ms, self.begun = tracker, name, start_ms, begun
@@ -390,6 +390,8 @@ def _open_database(uri: str) -> None:
 def git_commit(folder: Path | None = None) -> str:
     """The commit of the code in use (with ``-dirty`` where it was changed since), or ``unknown`` outside a checkout."""
     where = folder or Path(__file__).resolve().parent
+    if (shipped := where / "commit.txt").exists():  # carried to a cluster by `shipping.py`
+        return shipped.read_text().strip()
     try:
         commit = subprocess.run(
             ["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
@@ -426,7 +428,7 @@ def serve(uri: str, port: int = DEFAULT_PORT) -> int:
         return process.wait()
 
 
-def _user() -> str:
+def user_name() -> str:
     import getpass
 
     try:

@@ -17,11 +17,22 @@ from copernicus.models.blocks import check_sizes
 from copernicus.models.language import LANGUAGE_SUFFIXES
 from copernicus.models.sources import is_remote
 from copernicus.models.zoo import ENCODERS, ZOO, check_encoder
-from copernicus.platform.experiment import PROTOCOLS, QUICK, SCALES, SECTIONS, Experiment, ExperimentError, Model
+from copernicus.platform.experiment import (
+    PROTOCOLS,
+    QUICK,
+    SCALES,
+    SECTIONS,
+    Experiment,
+    ExperimentError,
+    Model,
+    unknown,
+)
 
 
-def validate(e: Experiment, source: str) -> None:
+def validate(e: Experiment, source: str, elsewhere: bool = False) -> None:
     """What the types of the schema do not say: choices, ranges, files that must be there, sizes that must fit.
+
+    ``elsewhere``: another machine will run it; what only that can know (its files, packages, variables) is left to it.
 
     Raises:
         ExperimentError: the first thing that is wrong, with its path.
@@ -31,7 +42,7 @@ def validate(e: Experiment, source: str) -> None:
         return ExperimentError(f"{source}: {path}: {message}")
 
     def choice(path: str, value: str, valid: Sequence[str]) -> None:
-        if value not in valid:
+        if value not in valid and not (elsewhere and unknown(value)):
             close = difflib.get_close_matches(value, valid, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise wrong(path, f"no {value!r}; {hint}valid choices: {', '.join(valid)}")
@@ -62,7 +73,7 @@ def validate(e: Experiment, source: str) -> None:
     if e.seed < 0:
         raise wrong("seed", f"must be at least 0, it is {e.seed}")
     sections = {"pretrain": e.pretrain, "sweep": e.sweep}
-    for section in SECTIONS[e.kind]:
+    for section in SECTIONS.get(e.kind, ()):
         if sections[section] is None:
             raise wrong(section, f"missing: an experiment of kind {e.kind} needs this section")
     if e.kind == "pipeline" and e.pretrain is None and e.sweep is None:
@@ -86,13 +97,13 @@ def validate(e: Experiment, source: str) -> None:
 
     def exists(path: str, value: str) -> None:
         here = Path(value).absolute()
-        if not any(here == m or m in here.parents for m in made) and not here.exists():
+        if not elsewhere and not any(here == m or m in here.parents for m in made) and not here.exists():
             raise wrong(path, f"no such file or folder: {value}")
 
     def language(path: str, value: str | None) -> None:
         if value is None:
             return
-        if not value.endswith(LANGUAGE_SUFFIXES):
+        if not value.endswith(LANGUAGE_SUFFIXES) and not (elsewhere and unknown(value)):
             raise wrong(path, f"{value!r} does not end in {', '.join(LANGUAGE_SUFFIXES)}")
         if not is_remote(value):
             exists(path, value)
@@ -120,7 +131,7 @@ def validate(e: Experiment, source: str) -> None:
             raise wrong("pretrain.geotiffs", "shards are given too; for these images alone say pretrain.shards=[]")
         if p.geotiffs:
             exists("pretrain.geotiffs", p.geotiffs)
-            if not any(Path(p.geotiffs).glob("fnames*.json.gz")):
+            if not elsewhere and not any(Path(p.geotiffs).glob("fnames*.json.gz")):
                 raise wrong(
                     "pretrain.geotiffs", f"{p.geotiffs} holds no fnames*.json.gz, which lists a raw layout's images"
                 )
@@ -128,7 +139,7 @@ def validate(e: Experiment, source: str) -> None:
                 raise wrong("pretrain.index", "is of shards; pretrain.geotiffs needs none")
         elif p.s2_offset != "auto":
             raise wrong("pretrain.s2_offset", "is of raw images (pretrain.geotiffs); shards are taken as they are")
-        if p.index and Path(p.index).exists():
+        if p.index and not elsewhere and Path(p.index).exists():
             with open(p.index, "rb") as file:
                 if file.read(4) != b"PAR1":
                     raise wrong("pretrain.index", f"{p.index} is not an index; make it with `copernicus data index`")
@@ -184,7 +195,7 @@ def validate(e: Experiment, source: str) -> None:
                 raise wrong(
                     "pretrain.distill", "the teacher sees red, green and blue of s2_toa: add it to pretrain.sensors"
                 )
-            if importlib.util.find_spec("transformers") is None:
+            if not elsewhere and importlib.util.find_spec("transformers") is None:
                 raise wrong("pretrain.distill", "needs transformers: pip install 'copernicus-platform[distill]'")
 
     if (s := e.sweep) is not None:
@@ -193,7 +204,7 @@ def validate(e: Experiment, source: str) -> None:
         exists("sweep.data", s.data)
         if not s.tasks:
             raise wrong("sweep.tasks", f"empty; valid choices: {', '.join(SELECTABLE)}")
-        tasks = [get_task(name) for name in select_tasks(s.tasks)]
+        tasks = [get_task(name) for name in select_tasks([item for item in s.tasks if item in SELECTABLE])]
         for name, size in s.image_size.items():
             choice(f"sweep.image_size.{name}", name, (*TASKS, *VARIANTS))
             multiple(f"sweep.image_size.{name}", size, get_task(name).sensor.patch_kernel)
@@ -211,6 +222,8 @@ def validate(e: Experiment, source: str) -> None:
             chosen = encoder.model or e.pretrain.model  # type: ignore[union-attr]
             arguments = {**chosen.encoder_overrides(), **({"language": ""} if encoder.language else {})}
             for task in tasks:
+                if elsewhere and chosen.name not in ZOO:
+                    break  # an encoder of the user's own, to be found where it runs
                 try:
                     check_encoder(chosen.name, task.sensor, **arguments)
                 except InputError as error:
