@@ -95,7 +95,9 @@ class LaunchedCluster:
 
     def nodes(self) -> list[dict[str, Any]]:
         """Those that Ray takes for alive."""
-        script = "import json; from ray.util.state import list_nodes; print(json.dumps([n.asdict() for n in list_nodes()]))"
+        script = (
+            "import json; from ray.util.state import list_nodes; print(json.dumps([n.asdict() for n in list_nodes()]))"
+        )
         return [n for n in json.loads(self.on_head(script).splitlines()[-1]) if n["state"] == "ALIVE"]
 
     def await_nodes(self, count: int, seconds: float = 180) -> None:

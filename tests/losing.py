@@ -7,6 +7,7 @@ counts; tests/test_losses.py asserts what tests/benchmarks/losses.py prints.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import subprocess
@@ -108,8 +109,9 @@ TROUBLES = {
 @dataclass(frozen=True)
 class Outcome:
     """``recovered_s``: from the begin of the trouble to the first step of training after it, repeated or new, as recorded
-    (every two seconds). ``repeated``: steps computed a second time. Lost: trained less often, or more, than asked; steps
-    of which a figure is missing or there twice. ``difference``: the largest of a weight to an undisturbed run's."""
+    (every two seconds). ``repeated``: steps computed a second time. Lost: samples trained less often, or more, than asked;
+    steps whose loss is missing or there twice. Differences: the largest of a weight, and of a step's loss, to those of a
+    run that was left alone."""
 
     what: str
     recovered_s: float
@@ -118,7 +120,8 @@ class Outcome:
     metrics_lost: int
     left_running: int
     submitted: int
-    difference: float
+    weights_differ: float
+    losses_differ: float
 
 
 def write_data(folder: Path) -> Path:
@@ -217,7 +220,7 @@ def suffer(cluster: LaunchedCluster, whole: Experiment, key: str, *overrides: st
         left = time.monotonic() + trouble.lasts_s
         wait(lambda: time.monotonic() >= left, trouble.lasts_s)
     while True:
-        wait(lambda: process.poll() is not None, 600)
+        wait(lambda: process.poll() is not None, 600)  # noqa: B023 (called at once)
         if process.poll() is None:
             process.kill()
             raise AssertionError(f"{trouble.what}: no end in 600 s:\n{run.log.read_text()}")
@@ -235,7 +238,6 @@ def outcome(run: Experiment, whole: Experiment, trouble: Trouble, began: float, 
     steps = [step for step, _, _ in losses]
     wanted = range(1, run.epochs * DRAWS * GRIDS // BATCH + 1)
     metrics_lost = len(set(wanted) - set(steps)) + len(steps) - len(set(steps))
-    metrics_lost += sum(value != other for (_, value, _), (_, other, _) in zip(losses, whole.tracked().history["train/loss"]))
 
     once = Coverage.expected(index_shards(str(run.shards)).keys, DRAWS)
     samples_lost = 0
@@ -245,16 +247,18 @@ def outcome(run: Experiment, whole: Experiment, trouble: Trouble, began: float, 
 
     # Figures are recorded every two seconds while training runs: the longest silence after the trouble is the recovery.
     times = sorted({at / 1000 for _, _, at in losses})
-    gaps = [(b - a, b) for a, b in zip(times, times[1:]) if b > began]
+    gaps = [(b - a, b) for a, b in itertools.pairwise(times) if b > began]
     again = max(gaps)[1] if gaps else float("nan")
     repeated = 0
     if restarted:
         last = max((step for step, _, at in losses if at / 1000 <= again), default=0)
         from_step = max((step for step, at in run.checkpoints().items() if at <= again), default=0)
         repeated = max(0, last - from_step)
-    weights = zip(expected["model"].values(), final["model"].values())
-    difference = max((a.double() - b.double()).abs().max().item() for a, b in weights if a.numel())
+    weights = zip(expected["model"].values(), final["model"].values(), strict=True)
+    weights_differ = max((a.double() - b.double()).abs().max().item() for a, b in weights if a.numel())
+    undisturbed_losses = {step: value for step, value, _ in whole.tracked().history["train/loss"]}
+    losses_differ = max(abs(value - undisturbed_losses.get(step, float("nan"))) for step, value, _ in losses)
     return Outcome(
         trouble.what, again - began, repeated, samples_lost, metrics_lost,
-        sum(r.status == "RUNNING" for r in run.cluster.runs()), run.submitted, difference,
+        sum(r.status == "RUNNING" for r in run.cluster.runs()), run.submitted, weights_differ, losses_differ,
     )  # fmt: skip

@@ -66,7 +66,6 @@ def test_a_submitted_pretraining_spans_both_nodes_and_ends_as_it_does_here(clust
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_submitted_sweep_ends_as_it_does_here(cluster, tmp_path):
-    cluster.copernicus("data", "miniature", "--out", str(cluster.shared / "runs" / "miniature_tiny"), *MINIATURE)
     output = cluster.copernicus("submit", *SWEEP, "--cluster", str(cluster.file))
     assert "Leaderboard" in output
     tracked = cluster.runs()
@@ -89,7 +88,7 @@ def test_nothing_but_ssh_is_offered_to_who_has_no_token(cluster):
             socket.create_connection((cluster.head.address, port), timeout=5)
     asked = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8265/api/jobs/"
     assert cluster.head.run(asked).stdout == "401"
-    token = f"-H \"Authorization: Bearer $(cat ~/.ray/auth_token)\""
+    token = '-H "Authorization: Bearer $(cat ~/.ray/auth_token)"'
     assert cluster.head.run(f"{asked} {token}").stdout == "200"
 
 
