@@ -60,22 +60,33 @@ def run(
 
 @app.command()
 def check(
-    experiments: Annotated[
-        list[str], typer.Argument(help="Experiment YAMLs, then overrides.", metavar="EXPERIMENT.yaml...")
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Experiment YAMLs or cluster files, then overrides.", metavar="EXPERIMENT.yaml|CLUSTER.yaml..."
+        ),
     ],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not print the resolved experiments.")] = False,
 ) -> None:
-    """Validate experiments and print them resolved; run nothing."""
-    from copernicus.platform.experiment import ExperimentError, load_experiment
+    """Validate experiments and print them resolved; validate files of clusters; run nothing."""
+    from copernicus.datasets.sensors import InputError
+    from copernicus.platform.cluster_files import check_cluster_file, is_cluster_file
+    from copernicus.platform.experiment import load_experiment
 
-    overrides = [e for e in experiments if "=" in e and not Path(e).exists()]
-    files = [e for e in experiments if e not in overrides]
+    overrides = [f for f in files if "=" in f and not Path(f).exists()]
     failed = 0
     out = console()
-    for file in files:
+    for file in (f for f in files if f not in overrides):
         try:
+            if is_cluster_file(file):
+                unfilled = check_cluster_file(file)
+                for line in unfilled:
+                    out.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+                state = f"a template: {len(unfilled)} placeholders are left" if unfilled else "ready"
+                out.print(f"[green]ok[/] {file} (cluster, {state})")
+                continue
             loaded = load_experiment(file, overrides)
-        except ExperimentError as error:
+        except InputError as error:
             _complain(str(error))
             failed += 1
             continue
