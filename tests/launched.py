@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shlex
 import subprocess
@@ -15,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hosts import Host, Network, isolated_hosts
 from test_run import command
 
-BIN = Path(sys.prefix) / "bin"
+TEMPLATE = Path(__file__).resolve().parents[1] / "platform" / "clusters" / "on_premise.yaml"
 CPUS = 2
 """Of each node, as Ray counts them."""
 
@@ -75,7 +75,7 @@ class LaunchedCluster:
         return done.stdout
 
     def ray(self, *arguments: str, code: int = 0) -> str:
-        return self.client(str(BIN / "ray"), *arguments, code=code)
+        return self.client(sys.executable, "-m", "ray.scripts.scripts", *arguments, code=code)
 
     def copernicus(self, *arguments: str, code: int = 0) -> str:
         return self.client(*command(*arguments), code=code)
@@ -90,7 +90,7 @@ class LaunchedCluster:
 
     def on_head(self, script: str, *arguments: str) -> str:
         """What a Python script prints on the head, with the environment that the head's Ray has."""
-        words = [str(BIN / "python"), "-c", script, *arguments]
+        words = [sys.executable, "-c", script, *arguments]
         return self.head.run(f"RAY_AUTH_MODE=token {shlex.join(words)}").stdout
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -111,35 +111,41 @@ class LaunchedCluster:
         return [TrackedRun(**run) for run in json.loads(self.on_head(READ_RUNS).splitlines()[-1])]
 
 
-def cluster_yaml(network: Network, token: Path) -> str:
-    """For `ray up`: the first host is the head, which runs MLflow too."""
+def environment_of(network: Network) -> Path:
+    """Stands for the hosts' virtual environment: this interpreter, and Ray's command, which a virtual environment over
+    another one lacks."""
+    folder = network.folder / "environment"
+    (folder / "bin").mkdir(parents=True)
+    for name, runs in (("python", ""), ("ray", " -m ray.scripts.scripts")):
+        script = folder / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)}{runs} "$@"\n')
+        script.chmod(0o755)
+    return folder
+
+
+def cluster_yaml(network: Network) -> str:
+    """The shipped file for hosts of one's own, filled in for these. They share two cores: small stores, and as many CPUs
+    for Ray whatever the machine has."""
     head, *workers = network.hosts
-    exports = (
-        f"export PATH={BIN}:$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1 "
-        f"COPERNICUS_STORAGE={network.shared} MLFLOW_TRACKING_URI=http://127.0.0.1:5000"
-    )
-    small = f"--num-cpus={CPUS} --object-store-memory=200000000"
-    mlflow = (
-        "pgrep -f 'mlflow server' >/dev/null || setsid nohup python -m mlflow server --host 127.0.0.1 --port 5000 "
-        "--backend-store-uri sqlite:///$HOME/mlflow.db --artifacts-destination $HOME/artifacts --workers 1 "
-        "</dev/null >$HOME/mlflow.log 2>&1 &"
-    )
-    return yaml.safe_dump({
-        "cluster_name": network.bridge,
-        "provider": {"type": "local", "head_ip": head.address, "worker_ips": [w.address for w in workers]},
-        "auth": {"ssh_user": "root", "ssh_private_key": str(network.key)},
-        "file_mounts": {"~/.ray/auth_token": str(token)},
-        "head_start_ray_commands": [
-            f"{exports}; {mlflow}",
-            f"{exports}; ray stop",
-            f"{exports}; ray start --head --port=6379 --dashboard-host=127.0.0.1 {small} "
-            "--autoscaling-config=~/ray_bootstrap_config.yaml",
-        ],
-        "worker_start_ray_commands": [
-            f"{exports}; ray stop",
-            f"{exports}; ray start --address=$RAY_HEAD_IP:6379 {small}",
-        ],
-    })  # fmt: skip
+    values = {
+        "HEAD_IP": head.address,
+        "WORKER_IPS": ", ".join(w.address for w in workers),
+        "SSH_USER": "root",
+        "SSH_KEY": network.key,
+        "STORAGE": network.shared,
+        "ENVIRONMENT": environment_of(network),
+        "DATABASE": "sqlite",
+        "ARTIFACTS": head.home / "artifacts",
+        "SCRATCH": "/tmp/scratch",
+    }
+    text = TEMPLATE.read_text().replace("cluster_name: copernicus-on-premise", f"cluster_name: {network.bridge}")
+    text = text.replace("ray start", f"ray start --num-cpus={CPUS} --object-store-memory=200000000")
+    for name, value in values.items():
+        assert f"<{name}>" in text
+        text = text.replace(f"<{name}>", str(value))
+    left = re.findall("<[A-Z_]+>", re.sub("#.*", "", text))
+    assert not left, f"placeholders that this test does not know: {left}"
+    return text
 
 
 @contextlib.contextmanager
@@ -148,14 +154,15 @@ def launched_cluster(folder: Path, hosts: int = 2, **options: Any) -> Iterator[L
     with isolated_hosts(folder, hosts, **options) as network:
         client = folder / "client"
         (client / ".ray").mkdir(parents=True)
+        (client / "dist").mkdir()  # which would hold the wheel; the hosts have this environment
         token = client / ".ray" / "auth_token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "COPERNICUS_"))}
         environment |= {"HOME": str(client), "TMPDIR": str(client), "RAY_TMPDIR": str(client), "RAY_AUTH_MODE": "token"}
-        environment |= {"RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{environment['PATH']}"}
+        environment |= {"RAY_USAGE_STATS_ENABLED": "0"}
         file = client / "cluster.yaml"
-        file.write_text(cluster_yaml(network, token))
+        file.write_text(cluster_yaml(network))
         cluster = LaunchedCluster(network, file, environment)
         cluster.up()
         try:

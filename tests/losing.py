@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from copernicus.datasets.order import Coverage
 from copernicus.datasets.shards import write_shards
 
 GRIDS, DRAWS, BATCH = 24, 2, 8
-TRAINER, DRIVER, RAYLET, SERVER = "RayTrainWorker", "copernicus.platform.cli run", "raylet/raylet", "mlflow"
+TRAINER, DRIVER, RAYLET = "RayTrainWorker", "copernicus.platform.cli run", "raylet/raylet"
 """What command lines of the processes hold."""
 
 
@@ -65,9 +64,10 @@ def driver_killed(cluster: LaunchedCluster) -> Iterator[None]:
 
 @contextlib.contextmanager
 def server_silent(cluster: LaunchedCluster) -> Iterator[None]:
-    assert cluster.head.kill(SERVER, signal.SIGSTOP)
+    group = "-$(cat ~/copernicus-mlflow/server.pid)"
+    cluster.head.run(f"kill -STOP -- {group}")
     yield
-    cluster.head.kill(SERVER, signal.SIGCONT)
+    cluster.head.run(f"kill -CONT -- {group}")
 
 
 @contextlib.contextmanager
