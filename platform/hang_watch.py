@@ -109,26 +109,27 @@ class HangWatch:
 
     def _hung(self, tick: float) -> None:
         before, since = self._moved, time.monotonic()
-        stacks = self._header + _stacks()
-        sys.stderr.write(f"no step for {_spell(self.seconds)}\n{stacks}")
+        stacks = _stacks()
+        sys.stderr.write(f"no step for {_spell(self.seconds)}\n{self._header}{stacks}")
         sys.stderr.flush()
-        summary = (
-            f"rank {self.rank} on {socket.gethostname()}: no step for {_spell(self.seconds)}; in {innermost(stacks)}"
-        )
+        where = innermost(self._header + stacks)
+        summary = f"rank {self.rank} on {socket.gethostname()}: no step for {_spell(self.seconds)}; in {where}"
         _on_a_thread(partial(self.tell, summary))
-        _on_a_thread(partial(self.path.write_text, stacks))  # the shared storage may be what hangs
+        _on_a_thread(partial(self._file.write, stacks.encode()))  # the shared storage may be what hangs
         self._dumped = True
         while not self._stop.wait(min(tick, 0.5)):
             self._arm()
             if self._moved != before:
                 note = f"rank {self.rank} moves again after {_spell(self._moved - before)} and goes on"
                 sys.stderr.write(note + "\n")
-                return _on_a_thread(partial(self.tell, note))
+                _on_a_thread(partial(self.tell, note))
+                self._file.truncate(len(self._header.encode()))  # no hang, so no report of one
+                self._dumped = False
+                return
             if time.monotonic() - since > self.grace_s:
                 sys.stderr.write(f"rank {self.rank} ends, so that the attempt is repeated from the last checkpoint\n")
                 sys.stderr.flush()
                 os._exit(EXIT_CODE)  # the stuck thread would keep sys.exit waiting
-        return None
 
 
 class HangReports:
@@ -212,4 +213,4 @@ def _on_a_thread(act: Callable[[], Any]) -> None:
 
 
 def _spell(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.3g} s"

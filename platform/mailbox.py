@@ -1,4 +1,4 @@
-"""How workers tell the driver what happens: figures, progress, and a reason to stop."""
+"""How workers tell the driver what happens: figures, progress, what the user should know, and a reason to stop."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ def new_mailbox() -> Any:
     class Mailbox:
         def __init__(self) -> None:
             self.messages: list[tuple[int, dict[str, float]]] = []
+            self.notes: list[str] = []
             self.stopped: str | None = None
 
         def put(self, step: int, metrics: dict[str, float]) -> None:
             self.messages.append((step, metrics))
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
 
         def stop(self, reason: str) -> None:
             self.stopped = reason
@@ -28,9 +32,10 @@ def new_mailbox() -> Any:
         def reason(self) -> str | None:
             return self.stopped
 
-        def drain(self) -> list[tuple[int, dict[str, float]]]:
-            messages, self.messages = self.messages, []
-            return messages
+        def drain(self) -> tuple[list[tuple[int, dict[str, float]]], list[str]]:
+            drained = self.messages, self.notes
+            self.messages, self.notes = [], []
+            return drained
 
     return ray.remote(num_cpus=0)(Mailbox).remote()
 
@@ -38,8 +43,9 @@ def new_mailbox() -> Any:
 class Listener:
     """Hands the mailbox's messages to the driver's callbacks while the trainer runs."""
 
-    def __init__(self, mailbox: Any, steps: int, on_metrics: Callable, on_progress: Callable):
-        self.mailbox, self.steps, self.on_metrics, self.on_progress = mailbox, steps, on_metrics, on_progress
+    def __init__(self, mailbox: Any, steps: int, on_metrics: Callable, on_progress: Callable, on_note: Callable):
+        self.mailbox, self.steps = mailbox, steps
+        self.on_metrics, self.on_progress, self.on_note = on_metrics, on_progress, on_note
         self.stopping = threading.Event()
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._listen, daemon=True)
@@ -64,7 +70,9 @@ class Listener:
         try:
             while True:
                 stopping = self.stopping.is_set()  # before the drain: what was sent until now is still handed on
-                messages = ray.get(self.mailbox.drain.remote(), timeout=20)
+                messages, notes = ray.get(self.mailbox.drain.remote(), timeout=20)
+                for text in notes:
+                    self.on_note(text)
                 for step, metrics in messages:
                     self.on_metrics(step, metrics)
                 if messages:
@@ -84,6 +92,11 @@ def post(mailbox: Any, rank: int, step: int, metrics: dict[str, float], wait: bo
             import ray
 
             ray.get(sent)
+
+
+def note(mailbox: Any, text: str) -> None:
+    """Something that the user should know; waits for nobody."""
+    mailbox.note.remote(text)
 
 
 def stop_run(mailbox: Any, rank: int, reason: str) -> None:

@@ -77,7 +77,7 @@ class PreemptionNotice:
     def _poll(self) -> None:
         session = requests.Session()
         session.trust_env = False  # a proxy has other metadata than this machine
-        ask = {"aws": AWS, "gcp": GCP}[self.cloud](self.base, session)
+        ask = AWS(self.base, session) if self.cloud == "aws" else GCP(self.base, session)
         told = False
         while not self._stop.is_set():
             try:
@@ -155,11 +155,13 @@ class GCP:
 def drain_this_node(reason: str, end: float | None) -> None:
     """Tell Ray that this node goes at ``end`` (Unix time). Several workers of a node may do so."""
     import ray
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    from ray.core.generated import autoscaler_pb2
 
-    ray._private.worker.global_worker.gcs_client.drain_node(
+    messages: Any = autoscaler_pb2  # made by protoc: not typed
+    worker: Any = ray._private.worker.global_worker
+    worker.gcs_client.drain_node(
         ray.get_runtime_context().get_node_id(),
-        DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
         reason,
         int((end or 0) * 1000),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -22,13 +23,18 @@ from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import Problem
 from copernicus.models.teacher import load_teacher
 from copernicus.platform.experiment import Pretrain
+from copernicus.platform.hang_watch import HangReports
 from copernicus.platform.indexing import open_index
 from copernicus.platform.language import open_language
-from copernicus.platform.mailbox import Listener, new_mailbox
+from copernicus.platform.mailbox import Listener, new_mailbox, note
 from copernicus.platform.objective import CHECKPOINT_FILE, Plan
 from copernicus.platform.pretrain_worker import train_worker
 from copernicus.platform.session import autoscales
+from copernicus.platform.shared_storage import marked
 from copernicus.platform.skipped import grids_of, too_many_skipped
+
+ROOM_S = 600.0
+"""How long a cluster that does not grow may be short of room for the fewest workers, after losing a node."""
 
 
 class PretrainFailed(RuntimeError):
@@ -54,20 +60,23 @@ def pretrain(
     on_progress: Callable[[int, int, dict[str, float]], None],
     on_plan: Callable[[Plan, GridIndex, GridIndex], None] = lambda plan, train, held_out: None,
     on_index: Callable[[float, float, str], None] = lambda done, total, note: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> PretrainResult:
     """Pretrain, or go on from the last checkpoint under ``folder``.
 
     ``on_metrics(step, metrics)`` receives each step's figures once per attempt, in order; ``on_progress(step, steps,
     metrics)`` the latest of them for display. Both are called on a thread of this process. ``on_index`` follows the
-    indexing of shards that no index covers yet.
+    indexing of shards that no index covers yet; ``on_note`` hears of workers that died, hung, fell behind or wait for room.
 
     Raises:
-        InputError: shards or sizes that do not fit, or a cluster too small.
+        InputError: shards or sizes that do not fit, a cluster too small, or a folder that its nodes do not share.
         PretrainFailed: too much of the data is unusable, the loss diverged, or workers kept failing.
     """
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
+
+    from copernicus.platform.attempts import Attempts, TooManyFailures, cause
 
     distill_dim = 0
     if settings.distill:
@@ -113,35 +122,50 @@ def pretrain(
     steps = plan.order.steps(settings.batch_size)
     fewest, most = settings.worker_range
     mailbox = new_mailbox()
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "plan": plan,
-            "index": ray.put(train),
-            "held_out": ray.put(held_out),
-            "mailbox": mailbox,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=fewest if fewest == most else (fewest, most),
-            use_gpu=settings.gpus_per_worker > 0,
-            resources_per_worker={"CPU": settings.cpus_per_worker}
-            | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name="pretrain",
-            storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
-        ),
-    )
-    with Listener(mailbox, steps, on_metrics, on_progress), _interruptible():
+    tell = functools.partial(note, mailbox)
+    folder.mkdir(parents=True, exist_ok=True)
+    gpus = {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
+    with (
+        marked(folder) as token,
+        Listener(mailbox, steps, on_metrics, on_progress, on_note),
+        _interruptible(),
+    ):
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "plan": plan,
+                "index": ray.put(train),
+                "held_out": ray.put(held_out),
+                "mailbox": mailbox,
+                "folder": folder,
+                "token": token,
+            },
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=fewest if fewest == most else (fewest, most),
+                use_gpu=bool(gpus),
+                resources_per_worker={"CPU": settings.cpus_per_worker} | gpus,
+            ),
+            run_config=ray.train.RunConfig(
+                name="pretrain",
+                storage_path=str(folder),
+                failure_config=ray.train.FailureConfig(max_failures=-1),  # `Attempts` counts
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+                callbacks=[
+                    Attempts(tell, settings.max_failures, None if autoscales() else ROOM_S, HangReports(folder))
+                ],
+            ),
+        )
         try:
             result = trainer.fit()
+        except ray.train.ControllerError as error:
+            if isinstance(stopped := error.controller_failure, TooManyFailures):
+                raise PretrainFailed(f"{stopped}; pretrain.max_failures={settings.max_failures}") from error
+            raise PretrainFailed(f"Ray Train's controller failed: {cause(error)}") from error
         except ray.train.TrainingFailedError as error:
-            raise PretrainFailed(f"workers failed more than pretrain.max_failures times: {_cause(error)}") from error
+            raise PretrainFailed(f"training failed: {cause(error)}") from error
     if (reason := ray.get(mailbox.reason.remote())) is not None:
         # What only the workers' hardware or files could tell is the user's to set all the same.
-        raise (InputError if reason.startswith("pretrain.") else PretrainFailed)(reason)
+        raise (InputError if reason.startswith(("pretrain.", "output:")) else PretrainFailed)(reason)
     if result.checkpoint is None:
         raise PretrainFailed("training ended without a checkpoint")
     checkpoint = Path(result.checkpoint.path) / CHECKPOINT_FILE
@@ -201,12 +225,3 @@ def _interruptible() -> Iterator[None]:
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
-
-
-def _cause(error: BaseException) -> str:
-    """The last line of what went wrong on a worker."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        first = next(iter(failures.values()))
-        return str(getattr(first, "cause", None) or first).strip().splitlines()[-1]
-    return str(error).strip().splitlines()[-1]

@@ -5,10 +5,13 @@ Shapes: B rows of this rank's share, C channels, S sensors, N losses of a row (s
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import socket
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,9 @@ from copernicus.datasets.order import Coverage
 from copernicus.datasets.sensors import InputError
 from copernicus.datasets.shards import Problem
 from copernicus.models.masked_autoencoder import parameter_groups
+from copernicus.platform.hang_watch import HangWatch
 from copernicus.platform.language import variables
-from copernicus.platform.mailbox import post, stop_run
+from copernicus.platform.mailbox import note, post, stop_run
 from copernicus.platform.objective import (
     CHECKPOINT_FILE,
     PerRowLoss,
@@ -29,13 +33,37 @@ from copernicus.platform.objective import (
     build_autoencoder,
     freeze_unreached,
 )
+from copernicus.platform.preemption import PreemptionNotice
+from copernicus.platform.shared_storage import sees
 from copernicus.platform.skipped import grids_of, problems_in, skipped_metrics, too_many_skipped
+from copernicus.platform.straggler import Stragglers
 from copernicus.platform.teacher_cache import CachedTeacher, open_teacher
 from copernicus.platform.to_device import on_device, tensors
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What one rank does."""
+    """What one rank does. Where it makes no step for too long, or its node is about to go, that is noticed beside it."""
+    import ray.train
+
+    settings, folder, mailbox = config["plan"].settings, config["folder"], config["mailbox"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    problems = gather(sees(folder, config["token"]), world_size)
+    if problem := next(filter(None, problems), None):
+        stop_run(mailbox, rank, f"output: {problem}; on several nodes it must be a folder that all of them share")
+        return
+    attempt = gather(time.strftime("%Y%m%dT%H%M%S"), world_size)[0]  # one name for all
+    with PreemptionNotice() as notice:
+        if settings.hang_minutes is None:
+            _train(config, notice, lambda: None)
+            return
+        tell = functools.partial(note, mailbox)
+        with HangWatch(settings.hang_minutes * 60, folder, attempt, rank, world_size, tell) as watch:
+            _train(config, notice, watch.progress)
+
+
+def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[[], None]) -> None:
+    """The loop. ``progress`` is called whenever something has moved."""
     import ray
     import ray.train
     import torch.distributed as dist
@@ -104,44 +132,54 @@ def train_worker(config: dict[str, Any]) -> None:
         {_step_of_epoch(plan, n) for n in range(every, settings.epochs + 1, every)}
         for every in (settings.val_every, settings.checkpoint_every)
     )
-    evaluation = Evaluation(plan, held_out, rank, world_size, device)
+    evaluation = Evaluation(plan, held_out, rank, world_size, device, progress)
+    slow = Stragglers(gather(socket.gethostname(), world_size))
     if step == 0:
         post(mailbox, rank, 0, evaluation(model, problems))
     started, first_step = time.monotonic(), step
-    since, checkpointed = Coverage(), time.monotonic()
+    since, checkpointed, heeded = Coverage(), time.monotonic(), False
     share = Share(config["index"], plan.order, plan.reader(augment=True), settings.batch_size, rank, world_size, step)
     stream = batches(share, settings.data_cpus)
+    begun = time.monotonic()
     for columns, batch in on_device(stream, device):
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(step)
         batch = batch | {"metadata": plan.metadata(batch, step)}
         rows = (batch["present"].sum(1) > 0).sum()
+        busy = time.monotonic() - begun  # on its own: what follows waits for other ranks
         if world_size > 1:
             dist.all_reduce(rows)
         optimizer.zero_grad(set_to_none=True)
-        total, losses, counts = backward(plan, model, batch, step, world_size / rows.clamp(min=1))
+        total, losses, counts, forward = backward(plan, model, batch, step, world_size / rows.clamp(min=1))
         if settings.clip_grad_norm:
             torch.nn.utils.clip_grad_norm_(loss_module.parameters(), settings.clip_grad_norm)
         optimizer.step()
         step += 1
         since.add(columns["epoch"], columns["key"])
 
-        # One reduction carries what else every rank must agree on: loss, new problems, whether a checkpoint is due by
-        # rank 0's clock, each loss.
+        # One reduction carries what else every rank must know: loss, new problems, whether a checkpoint is due by rank
+        # 0's clock, or at once for a node is about to go; what each rank needed for itself; each loss.
         due = rank == 0 and time.monotonic() - checkpointed > settings.checkpoint_minutes * 60
+        urgent = not heeded and notice.given is not None
+        heeded |= urgent
         new = [p for p in problems_in(columns) if str(p) not in problems]
-        facts = torch.cat([torch.stack([total, *(total.new_full((), n) for n in (len(new), due))]), losses, counts])
+        mine = [float(x) for x in (len(new), due, urgent)] + [0.0] * world_size
+        mine[3 + rank] = busy + forward
+        facts = torch.cat([total[None], losses, counts, losses.new_tensor(mine)])
         if world_size > 1:
             dist.all_reduce(facts)
         facts, rows = facts.cpu(), rows.cpu()  # the step's one wait for a GPU
-        total, found_new, due = facts[:3].tolist()
-        losses, counts = facts[3:].chunk(2)
+        progress()
+        total, losses, counts, others, busy_W = facts.split([1, len(losses), len(losses), 3, world_size])
+        found_new, due, urgent = (bool(n) for n in others)
+        if rank == 0 and (lag := slow(busy_W.tolist())) is not None:
+            note(mailbox, lag)
 
         if found_new:
             for problem in (p for part in gather(new, world_size) for p in part):
                 problems.setdefault(str(problem), problem)
         skipped = len(grids_of(problems.values())) / plan.grids_seen
-        metrics = {"train/loss": total / max(rows.item(), 1), "train/lr": plan.learning_rate(step - 1)}
+        metrics = {"train/loss": total.item() / max(rows.item(), 1), "train/lr": plan.learning_rate(step - 1)}
         metrics |= {
             f"train/loss_{name}": (losses[i] / counts[i]).item() for i, name in enumerate(plan.losses) if counts[i] > 0
         }
@@ -166,7 +204,7 @@ def train_worker(config: dict[str, Any]) -> None:
         last = step == steps
         if last or step in evaluate_at:
             metrics |= evaluation(model, problems)
-        saving = last or step in save_at or bool(due)
+        saving = last or step in save_at or due or urgent
         if saving:
             for part in gather(since, world_size):
                 coverage.merge(part)
@@ -195,19 +233,22 @@ def train_worker(config: dict[str, Any]) -> None:
                 folder = tempfile.mkdtemp(prefix="copernicus-checkpoint-")
                 torch.save(state, Path(folder) / CHECKPOINT_FILE)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
-            # Training goes on while the storage takes it; the last one is waited for.
-            mode = CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC
+            # Training goes on while the storage takes it, unless this process has not long to go.
+            mode = CheckpointUploadMode.SYNC if last or urgent else CheckpointUploadMode.ASYNC
             ray.train.report(
                 {"step": step, **metrics},
                 checkpoint=checkpoint,
                 checkpoint_upload_mode=mode,
                 delete_local_checkpoint_after_upload=True,
             )
+            if urgent:
+                note(mailbox, f"{notice.given or 'a node is about to go'}: saved step {step} of {steps}")
+        begun = time.monotonic()
 
 
 def backward(
     plan: Plan, model: torch.nn.Module, batch: dict[str, torch.Tensor], step: int, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """The forward and backward passes of this rank's share, in parts of ``pretrain.micro_batch_size`` rows.
 
     Args:
@@ -215,23 +256,26 @@ def backward(
             over the global batch's rows, however many ranks and parts it is shared out to.
 
     Returns:
-        the sum of the rows' losses (), of each loss over the rows that have it (N,), and how many those are (N,).
+        the sum of the rows' losses (), of each loss over the rows that have it (N,), how many those are (N,), and the
+        seconds until the last part's backward pass, in which ranks wait for each other.
     """
     from copernicus.platform.parallel import averaging
 
     channels = {s.name: plan.channels(step, s) for s in plan.sensors}
     sums: list[torch.Tensor] = []
+    started = forward = time.monotonic()
     parts = split(batch, plan.settings.micro_batch_size)
     for number, part in enumerate(parts, 1):
         with averaging(model, on=number == len(parts)):
             loss_BN = model(part, channels)
             present = plan.present(part["present"]).to(loss_BN.dtype)
             total, _ = plan.weigh(loss_BN, present)
+            forward = time.monotonic()
             (total * scale).backward()
         sums.append(torch.cat([total.detach()[None], (loss_BN.detach() * present).sum(0), present.sum(0)]))
     total, rest = torch.stack(sums).sum(0).split([1, 2 * len(plan.losses)])
     losses, counts = rest.chunk(2)
-    return total[0], losses, counts
+    return total[0], losses, counts, forward - started
 
 
 def split(batch: dict[str, torch.Tensor], most: int | None) -> list[dict[str, torch.Tensor]]:
@@ -245,7 +289,16 @@ def split(batch: dict[str, torch.Tensor], most: int | None) -> list[dict[str, to
 class Evaluation:
     """The loss on held-out grids: centre crops, all channels, masks keyed by the grid, so that epochs compare."""
 
-    def __init__(self, plan: Plan, held_out: GridIndex, rank: int, world_size: int, device: torch.device):
+    def __init__(
+        self,
+        plan: Plan,
+        held_out: GridIndex,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        progress: Callable[[], None] = lambda: None,
+    ):
+        self.progress = progress
         self.plan, self.device, self.world_size = plan, device, world_size
         self.grids = held_out.entries(range(rank, len(held_out), world_size))
         self.most = -(-len(held_out) // world_size)
@@ -266,6 +319,7 @@ class Evaluation:
             places: list[tuple[Any, int, int] | None] = [(grid, -1, 0) for grid in self.grids[start : start + size]]
             columns = reader.batch(places + [None] * (size - len(places)))
             new += problems_in(columns)
+            self.progress()
             batch = tensors(columns, self.device)
             loss_BN = module(batch, {})
             present = self.plan.present(batch["present"]).to(loss_BN.dtype)

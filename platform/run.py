@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from copernicus.datasets.sensors import InputError
 from copernicus.platform.board_files import read_leaderboard
@@ -25,6 +26,7 @@ from copernicus.platform.experiment import Experiment, Miniature, Pretrain, Swee
 from copernicus.platform.language import language_warning, variables
 from copernicus.platform.progress import progress_bar, short_path, spell_time
 from copernicus.platform.session import autoscales, ray_session
+from copernicus.platform.shared_storage import not_shared
 from copernicus.platform.tables import terminal
 from copernicus.platform.tracking import Run, Tracker, git_commit, mask
 
@@ -96,15 +98,16 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
 
     tags = {"kind": experiment.kind, "experiment": experiment.name, "fingerprint": experiment.fingerprint}
     tags |= {"mlflow.source.git.commit": git_commit(), "git_commit": git_commit()}
-    earlier = state.get("run_id")
-    parent = tracker.start(experiment.name, tags, run_id=earlier)
-    state.set(run_id=parent.id)
-    if parent.id == earlier:
-        console.print(f"Going on with the MLflow run {parent.id}")
-    if tracker.uri.startswith("http"):
-        console.print(f"MLflow {tracker.run_link(parent)}", soft_wrap=True, highlight=False)
     failed: dict[str, str] = {}
-    with parent.ending(), ray_session(verbose):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ray_session(verbose))
+        refuse_unshared([folder, *([Path(experiment.sweep.cache)] if experiment.sweep else [])])
+        earlier = state.get("run_id")
+        parent = tracker.start(experiment.name, tags, run_id=earlier)
+        stack.enter_context(parent.ending())
+        state.set(run_id=parent.id)
+        if parent.id == earlier:
+            console.print(f"Going on with the MLflow run {parent.id}")
         parent.parameters(experiment.parameters())
         parent.text(experiment.to_yaml(), "experiment.yaml")
         checkpoint: Path | None = None
@@ -125,6 +128,27 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
         from copernicus.platform.sweep import SweepFailed
 
         raise SweepFailed(f"{len(failed)} cells failed: {', '.join(failed)}")
+
+
+def refuse_unshared(folders: list[Path]) -> None:
+    """Refuse folders that are not the same on every node of the cluster.
+
+    Raises:
+        InputError: names the first few nodes.
+    """
+    for folder in folders:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        problems = not_shared(folder.absolute())
+        for path in made:
+            with contextlib.suppress(OSError):  # somebody uses it by now
+                path.rmdir()
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise InputError(
+                f"output: {'; '.join(problems[:3])}{more}. Checkpoints and results must outlive any node: give a folder that "
+                "all of them share (output and sweep.cache; a cluster's files set COPERNICUS_STORAGE)"
+            )
 
 
 @contextlib.contextmanager
@@ -260,6 +284,7 @@ def _pretrain(
                 result: PretrainResult = pretrain(
                     settings, experiment.seed, experiment.folder, on_metrics, on_progress, on_plan,
                     on_index=lambda done, total, note: update(done, total, f"shards indexed {note}"),
+                    on_note=lambda text: console.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True),
                 )  # fmt: skip
             finally:
                 flush()

@@ -115,6 +115,7 @@ def test_moving_again_within_the_grace(tmp_path):
     first, second = out.splitlines()
     assert "no step for 0.5 s" in first
     assert "moves again" in second
+    assert not (tmp_path / "stacks").exists()
 
 
 def test_a_watch_whose_driver_does_not_answer_ends_all_the_same(tmp_path):
