@@ -108,6 +108,8 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
         state.set(run_id=parent.id)
         if parent.id == earlier:
             console.print(f"Going on with the MLflow run {parent.id}")
+        if tracker.uri.startswith("http"):
+            console.print(f"MLflow {tracker.run_link(parent)}", soft_wrap=True, highlight=False)
         parent.parameters(experiment.parameters())
         parent.text(experiment.to_yaml(), "experiment.yaml")
         checkpoint: Path | None = None
