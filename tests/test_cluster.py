@@ -114,7 +114,10 @@ def test_hosts_are_apart_and_leave_nothing_behind(tmp_path):
         one.run(f"echo ours > {network.shared}/file")
         assert two.run(f"cat {network.shared}/file").stdout == "ours\n"
         assert other.hosts[0].address != one.address
-        assert not other.hosts[0].processes("host1/sshd_config")
+        one.run("nohup sleep 1234 >/dev/null 2>&1 &")
+        assert [len(host.processes("sleep 1234")) for host in (one, two, *other.hosts)] == [1, 0, 0]
+        assert "sleep" not in two.run("ps -e").stdout
+        assert one.kill("sleep 1234") == 1
         one.fill()
         assert "No space left" in one.run("echo 1 > /tmp/other", check=False).stderr
         one.free()
