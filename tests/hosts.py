@@ -125,8 +125,11 @@ class Host:
         with contextlib.suppress(psutil.Error):
             for first in psutil.Process(self._process.pid).children():
                 first.kill()  # and the kernel all others
-        self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(timeout=30)  # it ends with the first process, and buries it
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._process = None
         _ip("link", "delete", self.cable, check=False)
 
