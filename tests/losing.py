@@ -24,6 +24,7 @@ from test_run import command, pretraining
 from copernicus.datasets.index import index_shards
 from copernicus.datasets.order import Coverage
 from copernicus.datasets.shards import write_shards
+from copernicus.platform.objective import CHECKPOINT_FILE
 
 GRIDS, DRAWS, BATCH = 24, 2, 8
 TRAINER, DRIVER, RAYLET = "RayTrainWorker", "copernicus.platform.cli run", "raylet/raylet"
@@ -72,11 +73,9 @@ def server_silent(cluster: LaunchedCluster) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_full(cluster: LaunchedCluster) -> Iterator[None]:
-    for host in cluster.workers:  # on one of them is rank 0, which writes checkpoints
-        host.fill()
+    cluster.workers[0].fill()
     yield
-    for host in cluster.workers:
-        host.free()
+    cluster.workers[0].free()
 
 
 @contextlib.contextmanager
@@ -87,22 +86,30 @@ def straggler(cluster: LaunchedCluster) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Trouble:
-    """``lasts_s``: how long it is left so; None: until the run has ended."""
+    """``lasts_s``: how long it is left so. ``submitted_again``: the run may fail, and then goes on as a second job.
+    ``overrides``: of the experiment. ``says``: what its log must tell."""
 
     what: str
     happens: Callable[[LaunchedCluster], AbstractContextManager[None]]
     lasts_s: float = 0.0
+    submitted_again: bool = False
+    overrides: tuple[str, ...] = ()
+    says: str = ""
 
 
+ELASTIC = "pretrain.workers=[1,2]"
 TROUBLES = {
-    "worker": Trouble("a training process killed", worker_killed),
-    "raylet": Trouble("a node's raylet killed", raylet_killed),
-    "host": Trouble("a host switched off, on again after 20 s", host_off_and_on, 20),
+    "worker": Trouble("a training process killed", worker_killed, says="failed"),
+    "raylet": Trouble("a node's raylet killed; the cluster starts it again", raylet_killed, says="failed"),
+    "host": Trouble("a host switched off, on again after 20 s", host_off_and_on, 20, says="failed"),
+    "elastic": Trouble(
+        "a host off for 90 s; the run goes on with one worker", host_off_and_on, 90, overrides=(ELASTIC,), says="failed"
+    ),
     "cut": Trouble("a host off the network for 60 s", host_cut_off, 60),
-    "driver": Trouble("the job's driver killed, submitted again", driver_killed),
+    "driver": Trouble("the job's driver killed, submitted again", driver_killed, submitted_again=True),
     "mlflow": Trouble("the MLflow server silent for 120 s", server_silent, 120),
-    "disk": Trouble("the disks of all training nodes full for 30 s", disk_full, 30),
-    "straggler": Trouble("a training process at a quarter of its speed for 30 s", straggler, 30),
+    "disk": Trouble("the disk of a training node full for 30 s", disk_full, 30, submitted_again=True),
+    "straggler": Trouble("a training process at a quarter of its speed for 90 s", straggler, 90),
 }
 
 
@@ -164,7 +171,7 @@ class Experiment:
     def checkpoints(self) -> dict[int, float]:
         """The step of each, and when it was written (seconds)."""
         found = {}
-        for path in self.cluster.shared.glob(f"runs/{self.name}-*/pretrain/checkpoint_2*/checkpoint.pt"):
+        for path in self.cluster.shared.glob(f"runs/{self.name}-*/pretrain/checkpoint_2*/{CHECKPOINT_FILE}"):
             with contextlib.suppress(Exception):  # half written
                 found[torch.load(path, map_location="cpu", weights_only=True)["step"]] = path.stat().st_mtime
         return found
@@ -195,14 +202,14 @@ def undisturbed(cluster: LaunchedCluster, shards: Path, epochs: int) -> Experime
     return whole
 
 
-def suffer(cluster: LaunchedCluster, whole: Experiment, key: str, *overrides: str, most_submitted: int = 2) -> Outcome:
+def suffer(cluster: LaunchedCluster, whole: Experiment, key: str) -> Outcome:
     """Submit an experiment like ``whole``, let the trouble happen in its middle, and submit it again if it failed.
 
     Raises:
         AssertionError: it ended before the trouble, or not at all.
     """
     trouble = TROUBLES[key]
-    run = Experiment(cluster, whole.shards, f"lost_{key}", whole.epochs, *overrides)
+    run = Experiment(cluster, whole.shards, f"lost_{key}", whole.epochs, *trouble.overrides)
     process = run.submit()
     run.await_checkpoints(2, process)
     time.sleep(1)
@@ -224,10 +231,12 @@ def suffer(cluster: LaunchedCluster, whole: Experiment, key: str, *overrides: st
         if process.poll() is None:
             process.kill()
             raise AssertionError(f"{trouble.what}: no end in 600 s:\n{run.log.read_text()}")
-        if process.returncode == 0 or run.submitted == most_submitted:
+        if process.returncode == 0 or run.submitted == 1 + trouble.submitted_again:
             break
         process = run.submit()
-    assert process.returncode == 0, f"{trouble.what}:\n{run.log.read_text()}"
+    log = run.log.read_text()
+    assert process.returncode == 0, f"{trouble.what}:\n{log}"
+    assert trouble.says in log, log
     return outcome(run, whole, trouble, began, restarted=bool(seen - before))
 
 
