@@ -221,6 +221,7 @@ class Host:
 
     def _write_files(self) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
+        (self.home / ".bashrc").touch()  # `ray up` expects one, as any user has
         users = Path("/etc/passwd").read_text().splitlines()
         users = [f"root:x:0:0:root:{self.home}:/bin/bash" if u.startswith("root:") else u for u in users]
         if not any(u.startswith("sshd:") for u in users):
