@@ -23,6 +23,12 @@ TEMPLATE = Path(__file__).resolve().parents[1] / "platform" / "clusters" / "on_p
 CPUS = 2
 """Of each node, as Ray counts them."""
 
+READ_NODES = """
+import json
+from ray.util.state import list_nodes
+
+print(json.dumps([node.node_ip for node in list_nodes() if node.state == "ALIVE"]))
+"""
 READ_RUNS = """
 import json
 from mlflow import MlflowClient
@@ -88,17 +94,15 @@ class LaunchedCluster:
     def down(self) -> None:
         self.ray("down", str(self.file), "--yes")
 
-    def on_head(self, script: str, *arguments: str) -> str:
-        """What a Python script prints on the head, with the environment that the head's Ray has."""
-        words = [sys.executable, "-c", script, *arguments]
-        return self.head.run(f"RAY_AUTH_MODE=token {shlex.join(words)}").stdout
+    def on_head(self, script: str) -> list[Any]:
+        """What a Python script on the head prints in its last line, as JSON; empty if it fails."""
+        command = shlex.join([sys.executable, "-c", script])
+        done = self.head.run(f"RAY_AUTH_MODE=token {command}", check=False)
+        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else []
 
-    def nodes(self) -> list[dict[str, Any]]:
-        """Those that Ray takes for alive."""
-        script = (
-            "import json; from ray.util.state import list_nodes; print(json.dumps([n.asdict() for n in list_nodes()]))"
-        )
-        return [n for n in json.loads(self.on_head(script).splitlines()[-1]) if n["state"] == "ALIVE"]
+    def nodes(self) -> list[str]:
+        """The addresses of those that Ray takes for alive."""
+        return self.on_head(READ_NODES)
 
     def await_nodes(self, count: int, seconds: float = 180) -> None:
         end = time.monotonic() + seconds
@@ -108,7 +112,7 @@ class LaunchedCluster:
 
     def runs(self) -> list[TrackedRun]:
         """All of them, from MLflow on the head."""
-        return [TrackedRun(**run) for run in json.loads(self.on_head(READ_RUNS).splitlines()[-1])]
+        return [TrackedRun(**run) for run in self.on_head(READ_RUNS)]
 
 
 def environment_of(network: Network) -> Path:
