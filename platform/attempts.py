@@ -9,6 +9,7 @@ hook that hears of workers' failures, of failed starts and of preemptions alike)
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -106,6 +107,7 @@ class Attempts(ControllerCallback, ReportCallback, WorkerGroupCallback):
                 self._wait_for_room()
             elif isinstance(error, PreemptionError) or _preempted(error):
                 self.tell(f"{self._says(error)}; this goes on from the last checkpoint with the nodes that are left")
+                _recount()
             else:
                 self._failed(error)
 
@@ -122,6 +124,7 @@ class Attempts(ControllerCallback, ReportCallback, WorkerGroupCallback):
         if self.in_a_row > 1:
             # This holds the controller up, which has nothing else to do, and Ctrl-C as long.
             time.sleep(min(PAUSE_S * 2 ** (self.in_a_row - 2), LONGEST_PAUSE_S))
+        _recount()
 
     def _wait_for_room(self) -> None:
         now = time.monotonic()
@@ -207,6 +210,19 @@ def _preempted(error: Any) -> bool:
 
 def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[a-z\d)])\. (?=[A-Z])", text.strip())[0].rstrip(".")
+
+
+def _recount() -> None:
+    """An elastic run asks Ray's coordinator what there is, which looks every 20 s only: with a node that is gone by now
+    it would try the former number of workers and wait a minute for it."""
+    import ray
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    with contextlib.suppress(ray.exceptions.RayError):  # then it takes the minute
+        asked = get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True)
+        ray.get(asked, timeout=10)
 
 
 def _room() -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +32,9 @@ from copernicus.platform.session import autoscales
 from copernicus.platform.shared_storage import marked
 from copernicus.platform.skipped import grids_of, too_many_skipped
 
+RESIZE_S = 300.0
+"""How often an elastic run looks for room for more workers. They begin at the last checkpoint, so that the steps since are
+repeated: not at once."""
 ROOM_S = 600.0
 """How long a cluster that does not grow may be short of room for the fewest workers, after losing a node."""
 
@@ -74,9 +76,10 @@ def pretrain(
     """
     import ray
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from copernicus.platform.attempts import Attempts, TooManyFailures, cause
+    from copernicus.platform.trainer import Trainer, kept_for_reading
 
     distill_dim = 0
     if settings.distill:
@@ -124,13 +127,16 @@ def pretrain(
     mailbox = new_mailbox()
     tell = functools.partial(note, mailbox)
     folder.mkdir(parents=True, exist_ok=True)
+    # The hang watch speaks first: Ray and torch, who find out less, wait for longer.
+    patience = (settings.hang_minutes or 30.0) * 60 + 300.0
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(patience)
     gpus = {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
     with (
         marked(folder) as token,
         Listener(mailbox, steps, on_metrics, on_progress, on_note),
-        _interruptible(),
+        kept_for_reading(settings.data_cpus) if fewest < most else contextlib.nullcontext(),
     ):
-        trainer = TorchTrainer(
+        trainer = Trainer(
             train_worker,
             train_loop_config={
                 "plan": plan,
@@ -143,8 +149,10 @@ def pretrain(
             scaling_config=ray.train.ScalingConfig(
                 num_workers=fewest if fewest == most else (fewest, most),
                 use_gpu=bool(gpus),
+                elastic_resize_monitor_interval_s=RESIZE_S,
                 resources_per_worker={"CPU": settings.cpus_per_worker} | gpus,
             ),
+            torch_config=TorchConfig(timeout_s=int(patience)),
             run_config=ray.train.RunConfig(
                 name="pretrain",
                 storage_path=str(folder),
@@ -210,18 +218,3 @@ def check_resources(settings: Pretrain, available: dict[str, float]) -> None:
             f"pretrain: {workers} workers x {settings.gpus_per_worker} GPU, but the cluster has {gpus:g} GPUs; "
             "lower workers or gpus_per_worker"
         )
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ray Train answers Ctrl-C by aborting its workers and then exiting with 0, and leaves its handler behind; a command
-    should end as interrupted, and the next Ctrl-C should be Python's again."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT) if main else None
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)

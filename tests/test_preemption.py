@@ -136,29 +136,23 @@ def test_no_service_there(metadata):
             assert notice.given is None
 
 
-def two_workers(config: dict) -> None:
-    """The second is on the spot machine; both wait for a notice and then for the end."""
-    import ray
-    import ray.train
-
-    from copernicus.platform.preemption import PreemptionNotice
-
-    rank = ray.train.get_context().get_world_rank()
-    if ray.train.get_checkpoint() is not None or ray.get(config["board"].count.remote()) > 1:
-        return  # the second attempt
-    with PreemptionNotice(0.2, config["environ"] if rank == 1 else {}) as notice:
-        while notice.given is None:
-            time.sleep(0.05)
-        ray.get(config["board"].put.remote(rank, notice.given))
-        time.sleep(600)
-
-
 @pytest.mark.slow
 def test_a_notice_reaches_the_other_nodes_workers_and_counts_as_no_failure(metadata, tmp_path):
     import ray
     import ray.train
     from ray.cluster_utils import Cluster
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    def two_workers(config: dict) -> None:
+        """The second is on the spot machine; both wait for a notice and then for the end."""
+        rank = ray.train.get_context().get_world_rank()
+        if ray.get(config["board"].count.remote()) > 1:
+            return  # the second attempt
+        with PreemptionNotice(0.2, config["environ"] if rank == 1 else {}) as notice:
+            while notice.given is None:
+                time.sleep(0.05)
+            ray.get(config["board"].put.remote(rank, notice.given))
+            time.sleep(600)
 
     metadata.state = "going"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

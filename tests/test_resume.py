@@ -104,7 +104,6 @@ def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids):
     settings = (
         FEW,
         "pretrain.val_fraction=0",
-        "pretrain.max_failures=40",  # a dead node costs several tries until Ray notices
         "pretrain.checkpoint_minutes=0.05",
         "pretrain.checkpoint_every=1000",
     )

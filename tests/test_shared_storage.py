@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -89,7 +88,6 @@ def test_nodes_of_a_cluster(tmp_path):
         "unwritable": f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}",
         "shared": "true",
     }
-    ray_command = Path(sys.executable).with_name("ray")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes: list[subprocess.Popen] = []
     try:
@@ -97,8 +95,8 @@ def test_nodes_of_a_cluster(tmp_path):
         assert not_shared(folder) == not_shared(tmp_path / "absent") == []  # one node: nobody is asked
         for kind, mount in mounts.items():
             start = (
-                f"{mount} && exec {ray_command} start --address={cluster.address} --num-cpus=1 --block "
-                f"""--resources='{{"{kind}": 1}}'"""
+                f"{mount} && exec {sys.executable} -m ray.scripts.scripts start --address={cluster.address} --block "
+                f"""--num-cpus=1 --resources='{{"{kind}": 1}}'"""
             )
             nodes.append(
                 subprocess.Popen(
