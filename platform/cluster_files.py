@@ -73,9 +73,10 @@ def check_cluster_file(path: str | Path) -> list[str]:
         _check_ray_up(path, documents[0])
     places: dict[str, list[str]] = {}
     for document in documents:
+        manifest = f"{document['kind']}: " if "apiVersion" in document else ""
         for key, value in strings(document):
             for name in PLACEHOLDER.findall(value):
-                places.setdefault(name, []).append(key)
+                places.setdefault(name, []).append(f"{manifest}{key}")
     return [f"fill in {name} ({_some(list(dict.fromkeys(keys)))})" for name, keys in places.items()]
 
 
@@ -245,9 +246,9 @@ def _ray_s_own_rules(path: str | Path, config: dict[str, Any]) -> None:
     try:
         validate_config(prepare_config(config))
     except jsonschema.ValidationError as error:
-        raise wrong(path, ".".join(map(str, error.absolute_path)), _in_words(error))
+        raise wrong(path, ".".join(map(str, error.absolute_path)), _in_words(error)) from None
     except (ValueError, RuntimeError, click.ClickException) as error:
-        raise wrong(path, "", str(error))
+        raise wrong(path, "", str(error)) from None
 
 
 def _check_node_types(path: str | Path, config: dict[str, Any]) -> None:

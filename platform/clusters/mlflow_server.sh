@@ -38,8 +38,9 @@ import sys
 import urllib.request
 
 try:
-    opened = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=5)
-    sys.exit(0 if opened.read().strip() == b"OK" else 1)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands before loopback
+    answer = opener.open(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=5).read()
+    sys.exit(0 if answer.strip() == b"OK" else 1)
 except OSError:
     sys.exit(1)
 PYTHON
@@ -54,25 +55,27 @@ data=$home/postgresql
 socket=$home/socket
 
 postgresql_programs() {
-    local version=""
+    local version="*" found
     if [ -f "$data/PG_VERSION" ]; then version=$(cat "$data/PG_VERSION"); fi
     # Debian and Ubuntu, Red Hat, then whatever is on PATH. Data made by one version need programs of the same.
-    local found
-    found=$(ls -d "/usr/lib/postgresql/${version:-*}/bin" "/usr/pgsql-${version:-*}/bin" 2>/dev/null | sort -V | tail -n 1) || true
-    if [ -z "$found" ] && command -v initdb >/dev/null; then found=$(dirname "$(command -v initdb)"); fi
-    [ -n "$found" ] || fail "no PostgreSQL${version:+ $version} here: install the distribution's package postgresql, or set COPERNICUS_DATABASE"
+    # shellcheck disable=SC2086
+    found=$(ls -d /usr/lib/postgresql/$version/bin /usr/pgsql-$version/bin 2>/dev/null | sort -V | tail -n 1) || true
+    if [ -z "$found" ] && command -v initdb >/dev/null; then
+        found=$(dirname "$(readlink -f "$(command -v initdb)")")
+    fi
+    [ -n "$found" ] || fail "no PostgreSQL ($version) here: install the distribution's package, or set COPERNICUS_DATABASE"
     echo "$found"
 }
 
 start_postgresql() {
-    [ "$(id -u)" != 0 ] || fail "PostgreSQL does not run as root: start the server as an ordinary user, or set COPERNICUS_DATABASE"
+    [ "$(id -u)" != 0 ] || fail "PostgreSQL does not run as root: be an ordinary user, or set COPERNICUS_DATABASE"
     local programs
     programs=$(postgresql_programs)
-    [ "${#socket}" -lt 90 ] || fail "$socket is too long a path for a Unix socket: set COPERNICUS_MLFLOW_HOME to a shorter one"
+    [ "${#socket}" -lt 90 ] || fail "$socket: too long for a Unix socket; set COPERNICUS_MLFLOW_HOME to a shorter path"
     if [ ! -d "$data" ]; then
         rm -rf "$data.part" # of an earlier attempt that was cut off
-        "$programs/initdb" --pgdata "$data.part" --auth=peer --encoding=UTF8 --locale=C.UTF-8 >"$home/postgresql.log" 2>&1 ||
-            fail "initdb failed; see $home/postgresql.log"
+        "$programs/initdb" --pgdata "$data.part" --auth=peer --encoding=UTF8 --locale=C.UTF-8 \
+            >"$home/postgresql.log" 2>&1 || fail "initdb failed; see $home/postgresql.log"
         mv "$data.part" "$data"
         say "made a PostgreSQL database in $data"
     fi
@@ -135,7 +138,8 @@ start_server() {
         exec setsid flock --no-fork --nonblock "$home/server.lock" bash -c '
             echo "$$" >server.pid
             while :; do
-                python -m mlflow server --host 127.0.0.1 --port "$1" --workers 2 --serve-artifacts --artifacts-destination "$2" || true
+                python -m mlflow server --host 127.0.0.1 --port "$1" --workers 2 \
+                    --serve-artifacts --artifacts-destination "$2" || true
                 echo "$3"
                 sleep 2
             done' mlflow_server "$port" "$artifacts" "$ended" </dev/null >>"$log" 2>&1
