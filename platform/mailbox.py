@@ -13,6 +13,7 @@ LAST_FIGURES_S = 330
 def new_mailbox() -> Any:
     """A small actor through which workers send figures to the driver; it costs no CPU and blocks nobody."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Mailbox:
         def __init__(self) -> None:
@@ -37,7 +38,9 @@ def new_mailbox() -> Any:
             self.messages, self.notes = [], []
             return drained
 
-    return ray.remote(num_cpus=0)(Mailbox).remote()
+    # On the driver's own node: any other may be lost, and with it what nobody has read yet.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
 
 
 class Listener:

@@ -1,0 +1,39 @@
+"""Machines lost in the middle of a pretraining on several hosts: the run ends by itself, or when it is submitted again, with
+every sample trained as often as asked, every step's figures recorded once, and no MLflow run left running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hosts import why_not
+from launched import LaunchedCluster, launched_cluster
+from losing import TROUBLES, Experiment, suffer, undisturbed, write_data
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+
+EPOCHS = 60
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedCluster]:
+    with launched_cluster(tmp_path_factory.mktemp("losses")) as launched:
+        yield launched
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: LaunchedCluster) -> Experiment:
+    return undisturbed(cluster, write_data(cluster.shared / "shards"), EPOCHS)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("trouble", list(TROUBLES))
+def test_nothing_is_lost(cluster, whole, trouble):
+    seen = suffer(cluster, whole, trouble)
+    print(seen)
+    assert (seen.samples_lost, seen.metrics_lost, seen.left_running) == (0, 0, 0)
+    if TROUBLES[trouble].overrides:  # another number of workers: sums round otherwise
+        assert max(seen.weights_differ, seen.losses_differ) < 1e-3
+    else:
+        assert (seen.weights_differ, seen.losses_differ) == (0, 0), "the same bits"
+    cluster.await_nodes(2)
