@@ -43,7 +43,6 @@ def follow(
     name: str,
     write: Callable[[str], None],
     notice: Callable[[str], None],
-    patience: float = PATIENCE_S,
 ) -> dict[str, Any]:
     """Hand the job's log to ``write`` as it grows; returns what the server knows of the job, once it has ended.
 
@@ -51,17 +50,18 @@ def follow(
     breaks.
 
     Raises:
-        JobServerLost: the server was out of reach for longer than ``patience``, seconds; the job may go on.
+        JobServerLost: the server was out of reach for longer than `PATIENCE_S`; the job may go on.
         JobUnknown: it does not know the job, or no longer.
     """
-    return asyncio.run(_Follower(server, name, Lines(write), notice, patience).run())
+    return asyncio.run(_Follower(server, name, Lines(write), notice).run())
 
 
 class _Follower:
-    def __init__(self, server: JobServer, name: str, lines: Lines, notice: Callable[[str], None], patience: float):
-        self.server, self.name, self.lines, self.notice, self.patience = server, name, lines, notice, patience
+    def __init__(self, server: JobServer, name: str, lines: Lines, notice: Callable[[str], None]):
+        self.server, self.name, self.lines, self.notice = server, name, lines, notice
         self.shown = 0  # characters
         self.lost_since: float | None = None
+        self.noticed = False
         self.pause = FIRST_PAUSE_S
 
     async def run(self) -> dict[str, Any]:
@@ -117,12 +117,14 @@ class _Follower:
     def _lost(self, error: JobServerLost) -> None:
         now = time.monotonic()
         if self.lost_since is None:
-            self.lost_since = now
-            self.notice(f"the job server is out of reach ({error}); trying again for {self.patience:.0f} s")
-        elif now - self.lost_since > self.patience:
-            raise JobServerLost(f"out of reach for {self.patience:.0f} s ({error})") from None
+            self.lost_since = now  # not worth a word yet
+        elif now - self.lost_since > PATIENCE_S:
+            raise JobServerLost(f"out of reach for {PATIENCE_S:.0f} s ({error})") from None
+        elif not self.noticed:
+            self.noticed = True
+            self.notice(f"the job server is out of reach ({error}); trying again for {PATIENCE_S:.0f} s")
 
     def _found(self) -> None:
-        if self.lost_since is not None:
+        if self.noticed:
             self.notice("connected again")
-        self.lost_since = None
+        self.lost_since, self.noticed = None, False

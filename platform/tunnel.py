@@ -124,6 +124,7 @@ class _Tunnel:
     def _launch(self) -> None:
         self._errors.seek(0)
         self._errors.truncate()
+        known_hosts().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # In a session of its own, Ctrl-C does not reach it; when this process ends, however it does, so does the pipe to
         # `cat` on the head, and with it the connection.
         self._process = subprocess.Popen(
@@ -164,7 +165,7 @@ def ssh_command(head: Head, ports: dict[int, int]) -> list[str]:
         "ServerAliveInterval": "10",
         # A new machine's key is kept, a changed one is refused: the token goes this way.
         "StrictHostKeyChecking": "accept-new",
-        "UserKnownHostsFile": f'"{Path.home() / ".ssh" / "known_hosts"}"',
+        "UserKnownHostsFile": f'"{known_hosts()}"',
     }
     command = ["ssh", "-T"]
     for name, value in options.items():
@@ -176,6 +177,10 @@ def ssh_command(head: Head, ports: dict[int, int]) -> list[str]:
     for there, here in ports.items():
         command += ["-L", f"127.0.0.1:{here}:127.0.0.1:{there}"]
     return [*command, f"{head.user}@{head.address}", "cat"]
+
+
+def known_hosts() -> Path:
+    return Path.home() / ".ssh" / "known_hosts"
 
 
 def _free(port: int) -> bool:

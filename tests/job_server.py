@@ -60,7 +60,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._end(), self.loop).result(10)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(10)
         self.loop.close()
@@ -86,6 +86,13 @@ class Server:
         await site.start()
         self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
 
+    async def _end(self) -> None:
+        await self.runner.cleanup()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
     @web.middleware
     async def _door(self, request: web.Request, handler: Any) -> web.StreamResponse:
         self.state.requests.append((request.method, request.path))
@@ -108,7 +115,9 @@ class Server:
         asked = await request.json()
         name = asked["submission_id"]
         if name in self.state.jobs:
-            return web.Response(status=500, text=f"Traceback\nValueError: Job with submission_id {name} already exists.")
+            return web.Response(
+                status=500, text=f"Traceback\nValueError: Job with submission_id {name} already exists."
+            )
         self.state.add(name, entrypoint=asked["entrypoint"], runtime_env=asked["runtime_env"])
         self.state.jobs[name]["metadata"] = asked["metadata"]
         if self.state.lose_answers:

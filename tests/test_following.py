@@ -20,10 +20,10 @@ def impatient(monkeypatch):
     monkeypatch.setattr(following, "QUIET_S", 0.1)
 
 
-def followed(server, name="job", **options):
+def followed(server, name="job"):
     """What is written, what is noticed, and the job at the end."""
     written, noticed = [], []
-    job = follow(JobServer(server.address), name, written.append, noticed.append, **options)
+    job = follow(JobServer(server.address), name, written.append, noticed.append)
     return "".join(written), noticed, job
 
 
@@ -91,13 +91,14 @@ def test_a_server_that_goes_away_and_comes_back_is_waited_for():
     assert result[0]["driver_exit_code"] == 1
 
 
-def test_a_server_out_of_reach_for_too_long_is_given_up():
+def test_a_server_out_of_reach_for_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr(following, "PATIENCE_S", 0.2)
     state = FakeJobs()
     state.add("job", log="one\n")
     with job_server(state) as server:
         client = JobServer(server.address)
     with pytest.raises(JobServerLost, match="connection refused"):
-        follow(client, "job", print, print, patience=0.2)
+        follow(client, "job", print, print)
 
 
 def test_a_tail_that_stands_still_does_not_hide_the_job_s_end():
