@@ -140,10 +140,12 @@ def _layout(miniature: Miniature | None, settings: Pretrain) -> tuple[Mapping[st
     """(shape of each sensor's array in a grid, number of grids, where they are from) of shards that are not here."""
     patches, dates, sides = STORED_PATCHES, dict(STORED_DATES), {n: s.stored_size for n, s in SENSORS.items()}
     grids, source = round(GRIDS.value), f"the shards are not here: published sizes, and {GRIDS.source}"
+    if settings.geotiffs:
+        source = f"raw images, taken to be like the published shards; {GRIDS.source}"
     out = None if miniature is None else Path(miniature.out).absolute()
     if out is not None and any(out in Path(shards).absolute().parents for shards in settings.shards):
         assert miniature is not None
-        scale = SCALES[miniature.scale].pretrain  # type: ignore[index]
+        scale = SCALES[miniature.scale].pretrain
         patches, grids = scale.patches, miniature.grids
         dates = {"s1_grd": scale.local_dates, "s2_toa": scale.local_dates, "s3_olci": scale.s3_dates}
         dates |= {name: scale.s5p_dates for name in SENSORS if name.startswith("s5p_")}

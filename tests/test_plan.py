@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -282,6 +284,7 @@ def test_the_command_prints_a_table_without_data_ray_or_a_trace(tmp_path, monkey
         (["--grids", "0"], r"--grids: must be at least 1"),
         (["--gpu", "t4", "pretrain.precision=bf16"], r"pretrain.precision: --gpu t4 computes no bf16"),
         (["kind=sweep", "pretrain=null"], r"sweep: missing"),
+        (["pretrain=null"], r"pretrain: missing"),
         (["pretrain.epochs=none"], r"epochs"),
     ],
 )
@@ -292,6 +295,22 @@ def test_wrong_input_is_one_message(arguments, message, tmp_path, monkeypatch):
     assert re.search(message, str(result.exception))
     assert "\n" not in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_input_ends_with_code_2_and_no_traceback():
+    command = [
+        sys.executable,
+        "-m",
+        "copernicus.platform.cli",
+        "plan",
+        str(EXPERIMENTS / "pretrain_base.yaml"),
+        "--gpu",
+        "foo",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --gpu: no 'foo'")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_plan_on_paper_checks_everything_but_files(tmp_path):
