@@ -129,6 +129,13 @@ def test_the_wheel_holds_every_module_and_the_marks_of_types(wheel):
     assert {p.name for p in wheel.iterdir() if p.suffix != ".dist-info"} == {"copernicus"}, "nothing else is installed"
 
 
+def test_the_wheel_holds_the_files_of_clusters(wheel):
+    ours = {p.name: p.read_bytes() for p in (ROOT / "platform" / "clusters").iterdir()}
+    packed = {p.name: p.read_bytes() for p in (wheel / "copernicus" / "platform" / "clusters").iterdir()}
+    assert ours == packed
+    assert "mlflow_server.sh" in packed
+
+
 def test_the_wheel_imports_from_a_bare_folder(wheel, tmp_path):
     code = (
         "from copernicus.models import create_model; from copernicus.datasets import SENSORS, TASKS; "

@@ -46,6 +46,25 @@ except OSError:
 PYTHON
 }
 
+# MLflow itself would try for minutes. What SQLAlchemy says of a URI may repeat it, what databases say does not.
+openable() {
+    MLFLOW_BACKEND_STORE_URI=$1 python - <<'PYTHON'
+import os
+import sys
+
+import sqlalchemy
+
+try:
+    sqlalchemy.create_engine(os.environ["MLFLOW_BACKEND_STORE_URI"]).connect().close()
+except sqlalchemy.exc.DBAPIError as error:
+    sys.exit(f"mlflow_server: {str(error.orig).splitlines()[0]}")
+except (sqlalchemy.exc.ArgumentError, ValueError):
+    sys.exit("mlflow_server: this is no URI of a database")
+except ImportError as error:
+    sys.exit(f"mlflow_server: {error}")
+PYTHON
+}
+
 # The lock is inherited by all processes of the server: while it cannot be had, one of them lives, and then the number
 # in server.pid, their process group's, is still theirs.
 running() { ! flock --nonblock "$home/server.lock" true; }
@@ -63,7 +82,7 @@ postgresql_programs() {
     if [ -z "$found" ] && command -v initdb >/dev/null; then
         found=$(dirname "$(readlink -f "$(command -v initdb)")")
     fi
-    [ -n "$found" ] || fail "no PostgreSQL ($version) here: install the distribution's package, or set COPERNICUS_DATABASE"
+    [ -n "$found" ] || fail "no PostgreSQL ($version) here: install the distribution's, or set COPERNICUS_DATABASE"
     echo "$found"
 }
 
@@ -126,6 +145,7 @@ start_server() {
         stop_server
     fi
     if healthy; then fail "another server answers at port $port: stop it, or set COPERNICUS_MLFLOW_PORT"; fi
+    openable "$uri" || fail "the database cannot be opened"
     echo "$settings" >"$home/settings"
     ends=$(grep -c "$ended" "$log" 2>/dev/null) || true
     # The URI goes by the environment: command lines can be read by all users of a host.
@@ -138,7 +158,7 @@ start_server() {
         exec setsid flock --no-fork --nonblock "$home/server.lock" bash -c '
             echo "$$" >server.pid
             while :; do
-                # One process: with several, uvicorn kills those that a busy host lets wait for 5 s, at their start, too.
+                # One process: of several, uvicorn kills those that a busy host keeps waiting for 5 s.
                 python -m mlflow server --host 127.0.0.1 --port "$1" --workers 1 \
                     --serve-artifacts --artifacts-destination "$2" || true
                 # What it left behind would hold the port.
@@ -180,7 +200,7 @@ start() {
         [ "$(stat -c %a "$database")" = 600 ] || fail "$database holds a password: chmod 600 $database"
         start_server "$(cat "$database")" 9>&-
         ;;
-    *) fail "COPERNICUS_DATABASE: it is none of postgresql, sqlite, a URI (scheme://...), a file that holds one (/...)" ;;
+    *) fail "COPERNICUS_DATABASE: none of postgresql, sqlite, a URI (scheme://...), a file with one (/...)" ;;
     esac
 }
 
