@@ -301,7 +301,7 @@ def _ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 
 def print_table(findings: Sequence[Finding], console: Console) -> None:
     """check | status | what was found | what to do."""
-    table = Table("check", "", "found", "what to do", box=None, pad_edge=False)
+    table = Table("check", "status", "found", "what to do", box=None, pad_edge=False)
     for finding in findings:
         colour = COLOURS.get(finding.status, "")
         table.add_row(

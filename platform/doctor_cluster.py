@@ -208,9 +208,10 @@ def storage(asked: Asked, probes: Probes) -> Iterator[Finding]:
         folders.append(existing(output))
     for folder in folders:
         disks, silent = probes.ask("disk", folder, seconds=DISK_S)
-        yield from over_nodes("storage", disks, lambda disk: checks.judge_disk("storage", disk))
-        yield from silence("storage", silent, f"is the file server of {folder} up?")
-        if not silent:
+        found = over_nodes("storage", disks, functools.partial(checks.judge_disk, "storage"))
+        found += silence("storage", silent, f"is the file server of {folder} up?")
+        yield from found
+        if not any(disk["fault"] for disk in disks.values()) and not silent:
             yield checks.check_shared(not_shared(Path(folder), DISK_S), folder, nodes)
 
 

@@ -574,8 +574,7 @@ def test_servers_that_do_not_answer():
         assert "no answer within 2 s" in finding.found
         assert "secret" not in str(finding)
     finding = check_tracking(f"http://user:secret@127.0.0.1:{port}")
-    assert finding.status == FAIL
-    assert "secret" not in str(finding)
+    assert (finding.status, finding.found) == (FAIL, f"http://user:***@127.0.0.1:{port}: no server answers")
 
 
 def test_a_store_that_is_not_there_yet_is_not_made(tmp_path):
@@ -811,7 +810,7 @@ def test_a_cluster_that_does_not_answer(monkeypatch):
 
 @pytest.mark.slow
 def test_a_cluster_from_outside(server, experiment, tmp_path, monkeypatch):
-    """A real head with a token: in order, then with a wrong token, a wrong experiment, and shared storage that is gone."""
+    """A real head with a token: in order, then with shared storage that is gone, and with a wrong token."""
     from ray_head import ray_head
 
     storage = tmp_path / "shared"
@@ -826,9 +825,9 @@ def test_a_cluster_from_outside(server, experiment, tmp_path, monkeypatch):
         named = by_name(findings)
         for name in (
             "job API from here", "client's clock", "client's versions", "Ray", "nodes", "versions", "clocks",
-            "Ray's head service", "Ray client server", "job API", "nodes' job agents", "token file", "room for the run", "shared storage", "data", "MLflow",
+            "Ray's head service", "job API", "nodes' job agents", "token file", "room for the run", "shared storage", "data", "MLflow",
         ):  # fmt: skip
-            assert [f.status for f in named[name]] == [OK], findings
+            assert [f.status for f in named.get(name, [])] == [OK], (name, findings)
         assert server.uri in named["MLflow"][0].found
         assert str(storage) in named["shared storage"][0].found
         assert list(storage.iterdir()) == []
@@ -837,7 +836,8 @@ def test_a_cluster_from_outside(server, experiment, tmp_path, monkeypatch):
 
         storage.rmdir()
         named = by_name(doctor.run_there(where, None, [], lambda check: None))
-        assert FAIL in {f.status for f in named["storage"] + named["shared storage"]}
+        assert FAIL in {f.status for f in named["storage"]}
+        assert "shared storage" not in named
 
         monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
         named = by_name(doctor.run_there(where, None, [], lambda check: None))
