@@ -155,10 +155,6 @@ def clocks(probes: Probes, nodes: Sequence[str]) -> list[Finding]:
 
 def room(experiment: Experiment | None, total: dict[str, dict[str, float]], free: dict[str, float]) -> list[Finding]:
     """Whether the cluster has what the experiment takes; without one, whether it has CPUs to run and read with."""
-    if experiment is None:
-        return [checks.check_cpus(total, free.get("CPU", 0.0))]
-    from copernicus.platform.pretrain import check_resources
-
     name, todo = "room for the run", "a larger cluster, or a smaller run"
     whole = {kind: sum(resources.get(kind, 0.0) for resources in total.values()) for kind in ("CPU", "GPU")}
     counted = (
@@ -166,6 +162,10 @@ def room(experiment: Experiment | None, total: dict[str, dict[str, float]], free
     )
     if os.environ.get("COPERNICUS_AUTOSCALING") == "1":
         return [Finding(name, OK, f"{counted}; this cluster brings more nodes by itself")]
+    if experiment is None:
+        return [checks.check_cpus(total, free.get("CPU", 0.0))]
+    from copernicus.platform.pretrain import check_resources
+
     findings = []
     if experiment.pretrain is not None and experiment.kind != "sweep":
         try:

@@ -425,6 +425,8 @@ def test_cpus():
     two, none = {"CPU": 2.0}, {"GPU": 1.0}
     assert checks.check_cpus({"a": two, "b": two}, 4).status == OK
     assert "none on b" in checks.check_cpus({"a": two, "b": none}, 2).found
+    head = {"node:__internal_head__": 1.0}
+    assert checks.check_cpus({"a": two, "head": head}, 2).status == OK
     assert checks.check_cpus({"a": two}, 0).status == WARN
     assert checks.check_cpus({"a": {"CPU": 1.0}}, 1).status == FAIL
 
@@ -483,6 +485,7 @@ def test_room_for_an_experiment(experiment, monkeypatch):
     (finding,) = room(loaded, {"a": {"CPU": 1.0}}, {})
     assert finding.status == OK
     assert "brings more nodes" in finding.found
+    assert [f.status for f in room(None, {"head": {}}, {})] == [OK]
 
 
 def test_room_for_a_trial(tmp_path):
