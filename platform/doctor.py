@@ -47,6 +47,8 @@ Lines: TypeAlias = "Queue[str | None]"
 """Of the other side's output; None: it has ended."""
 DEADLINE_S = 300.0
 """For one check and for the start of Ray; the longest limits of single checks lie well below."""
+START_S = 60.0
+"""How long a job server may take until it accepts a job."""
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "bold red", UNKNOWN: "yellow"}
 
 
@@ -208,7 +210,16 @@ def _job(
     server.upload(parcel)
     name = f"doctor-{secrets.token_hex(4)}"
     metadata = {"kind": "doctor", "user": user_name()}
-    server.submit(name, entrypoint(arguments, experiment is not None), {"working_dir": parcel.uri}, metadata)
+    command = entrypoint(arguments, experiment is not None)
+    end = time.monotonic() + START_S
+    while True:
+        try:
+            server.submit(name, command, {"working_dir": parcel.uri}, metadata)
+            break
+        except JobServerLost:  # a head that has just started has no agent yet to run jobs
+            if time.monotonic() > end:
+                raise
+            time.sleep(2)
     lines: Lines = Queue()
     ended: list[str] = []
 
@@ -301,7 +312,7 @@ def _ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 
 def print_table(findings: Sequence[Finding], console: Console) -> None:
     """check | status | what was found | what to do."""
-    table = Table("check", "", "found", "what to do", box=None, pad_edge=False)
+    table = Table("check", "status", "found", "what to do", box=None, pad_edge=False)
     for finding in findings:
         colour = COLOURS.get(finding.status, "")
         table.add_row(

@@ -20,7 +20,7 @@ from typing import Any
 
 from copernicus.datasets.sensors import InputError
 from copernicus.platform import doctor_checks as checks
-from copernicus.platform.doctor_checks import FAIL, OK, WARN, Finding, over_nodes
+from copernicus.platform.doctor_checks import FAIL, OK, Finding, over_nodes
 from copernicus.platform.doctor_nodes import Probe, existing, node_names, versions
 from copernicus.platform.doctor_services import authentication, check_tracking
 from copernicus.platform.experiment import Experiment, load_experiment
@@ -155,26 +155,23 @@ def clocks(probes: Probes, nodes: Sequence[str]) -> list[Finding]:
 
 def room(experiment: Experiment | None, total: dict[str, dict[str, float]], free: dict[str, float]) -> list[Finding]:
     """Whether the cluster has what the experiment takes; without one, whether it has CPUs to run and read with."""
+    name, todo = "room for the run", "a larger cluster, or a smaller run"
+    whole = {kind: sum(resources.get(kind, 0.0) for resources in total.values()) for kind in ("CPU", "GPU")}
+    counted = (
+        f"{whole['CPU']:g} CPUs, {whole['GPU']:g} GPUs; free now: {free.get('CPU', 0.0):g} and {free.get('GPU', 0.0):g}"
+    )
+    if os.environ.get("COPERNICUS_AUTOSCALING") == "1":
+        return [Finding(name, OK, f"{counted}; this cluster brings more nodes by itself")]
     if experiment is None:
         return [checks.check_cpus(total, free.get("CPU", 0.0))]
     from copernicus.platform.pretrain import check_resources
 
     findings = []
-    status = WARN if os.environ.get("COPERNICUS_AUTOSCALING") == "1" else FAIL
-    todo = (
-        "this cluster brings nodes by itself, up to its max_workers"
-        if status == WARN
-        else "a larger cluster, or a smaller run"
-    )
-    whole: dict[str, float] = {}
-    for resources in total.values():
-        for kind in ("CPU", "GPU"):
-            whole[kind] = whole.get(kind, 0.0) + resources.get(kind, 0.0)
     if experiment.pretrain is not None and experiment.kind != "sweep":
         try:
             check_resources(experiment.pretrain, whole)
         except InputError as error:
-            findings.append(Finding("room for the run", status, str(error), todo))
+            findings.append(Finding(name, FAIL, str(error), todo))
     if (sweep := experiment.sweep) is not None and experiment.kind != "pretrain":
         for kind, wanted in (("CPU", sweep.cpus_per_trial), ("GPU", sweep.gpus_per_trial)):
             most = max((resources.get(kind, 0.0) for resources in total.values()), default=0.0)
@@ -182,11 +179,8 @@ def room(experiment: Experiment | None, total: dict[str, dict[str, float]], free
                 told = (
                     f"sweep.{kind.lower()}s_per_trial: a trial takes {wanted:g} {kind}s, the largest node has {most:g}"
                 )
-                findings.append(Finding("room for the run", status, told, todo))
-    counted = (
-        f"{whole['CPU']:g} CPUs, {whole['GPU']:g} GPUs; free now: {free.get('CPU', 0.0):g} and {free.get('GPU', 0.0):g}"
-    )
-    return findings or [Finding("room for the run", OK, counted)]
+                findings.append(Finding(name, FAIL, told, todo))
+    return findings or [Finding(name, OK, counted)]
 
 
 def storage(asked: Asked, probes: Probes) -> Iterator[Finding]:
@@ -208,9 +202,10 @@ def storage(asked: Asked, probes: Probes) -> Iterator[Finding]:
         folders.append(existing(output))
     for folder in folders:
         disks, silent = probes.ask("disk", folder, seconds=DISK_S)
-        yield from over_nodes("storage", disks, lambda disk: checks.judge_disk("storage", disk))
-        yield from silence("storage", silent, f"is the file server of {folder} up?")
-        if not silent:
+        found = over_nodes("storage", disks, functools.partial(checks.judge_disk, "storage"))
+        found += silence("storage", silent, f"is the file server of {folder} up?")
+        yield from found
+        if not any(disk["fault"] for disk in disks.values()) and not silent:
             yield checks.check_shared(not_shared(Path(folder), DISK_S), folder, nodes)
 
 

@@ -157,9 +157,10 @@ def try_tracking(uri: str) -> Finding:
         _remove_files(tracker.client.get_run(run.id).info.artifact_uri, uri)
         return Finding("MLflow", OK, f"{place}: a run written, read and deleted; {1000 * took:.0f} ms a write")
     except errors as error:
-        return Finding(
-            "MLflow", FAIL, f"{place}: {one_line(error).removeprefix(f'tracking.uri: cannot use {place}: ')}", todo
-        )
+        told = one_line(error).removeprefix(f"tracking.uri: cannot use {place}: ")
+        if "Max retries exceeded" in told:  # requests' words for a connection that does not come about
+            told = "no server answers"
+        return Finding("MLflow", FAIL, f"{place}: {told}", todo)
     finally:
         if made is not None:
             with contextlib.suppress(*store_errors()):  # what keeps us from deleting kept us from writing, and is told
