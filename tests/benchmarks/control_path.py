@@ -202,7 +202,7 @@ def schedule(path: str, seconds: float) -> dict[str, float]:
         count += 1
     blocks = count * share.rows_per_batch / ROWS_PER_BLOCK
     elapsed, driver = time.perf_counter() - began, time.process_time() - spent
-    ray.shutdown()
+    # No ray.shutdown(): a stream of which more is being read would end the process before it answers.
     return {
         "blocks_per_s": blocks / elapsed, "driver_s": driver / blocks, "first_s": first_s, "put_s": put_s,
         "segments": blocks / 1024,
