@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -230,9 +231,7 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
                     "language": plan.language.digests(variables(plan.sensors)),
                     "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
                 }
-                folder = tempfile.mkdtemp(prefix="copernicus-checkpoint-")
-                torch.save(state, Path(folder) / CHECKPOINT_FILE)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
+                checkpoint = ray.train.Checkpoint.from_directory(written(state))
             # Training goes on while the storage takes it, unless this process has not long to go.
             mode = CheckpointUploadMode.SYNC if last or urgent else CheckpointUploadMode.ASYNC
             ray.train.report(
@@ -342,6 +341,24 @@ def gather(mine: Any, world_size: int) -> list[Any]:
     everyone: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(everyone, mine)
     return everyone
+
+
+def written(state: dict[str, Any]) -> str:
+    """A folder of its own on this node's disk, with the checkpoint's file.
+
+    Raises:
+        OSError: the disk is full, say; nothing is left there.
+    """
+    folder = tempfile.mkdtemp(prefix="copernicus-checkpoint-")
+    try:
+        with open(Path(folder) / CHECKPOINT_FILE, "wb") as file:  # given a path, torch does not tell why it fails
+            torch.save(state, file)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    return folder
 
 
 def uncovered(coverage: Coverage, plan: Plan, step: int) -> str | None:
