@@ -162,7 +162,6 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
         # 0's clock, or at once for a node is about to go; what each rank needed for itself; each loss.
         due = rank == 0 and time.monotonic() - checkpointed > settings.checkpoint_minutes * 60
         urgent = not heeded and notice.given is not None
-        heeded |= urgent
         new = [p for p in problems_in(columns) if str(p) not in problems]
         mine = [float(x) for x in (len(new), due, urgent)] + [0.0] * world_size
         mine[3 + rank] = busy + forward
@@ -173,6 +172,7 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
         progress()
         total, losses, counts, others, busy_W = facts.split([1, len(losses), len(losses), 3, world_size])
         found_new, due, urgent = (bool(n) for n in others)
+        heeded |= urgent  # ranks hear of the same node at different times: one checkpoint for all
         if rank == 0 and (lag := slow(busy_W.tolist())) is not None:
             note(mailbox, lag)
 
@@ -240,8 +240,8 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
                 checkpoint_upload_mode=mode,
                 delete_local_checkpoint_after_upload=True,
             )
-            if urgent:
-                note(mailbox, f"{notice.given or 'a node is about to go'}: saved step {step} of {steps}")
+            if urgent and (reasons := [given for given in gather(notice.given, world_size) if given]) and rank == 0:
+                note(mailbox, f"{reasons[0]}: saved step {step} of {steps}")
         begun = time.monotonic()
 
 
