@@ -30,7 +30,7 @@ from omegaconf.errors import (
 )
 
 from copernicus.datasets.sensors import SENSORS, InputError
-from copernicus.platform.secrets import find_secrets
+from copernicus.platform.secrets import find_secrets, scrub
 from copernicus.platform.tracking import mask
 
 # Optional[...] rather than `| None` below: OmegaConf reads these annotations on Python 3.10 too.
@@ -260,17 +260,16 @@ class Experiment:
         return Path(self.output).absolute() / f"{self.name}-{self.fingerprint}"
 
     def parameters(self) -> dict[str, Any]:
-        """The resolved experiment, flattened: ``pretrain.blr`` -> value. The store's password is masked."""
+        """The resolved experiment, flattened: ``pretrain.blr`` -> value. Credentials are masked."""
         return dict(_flatten(self._shown()))
 
     def to_yaml(self) -> str:
-        """The resolved experiment. The store's password is masked."""
+        """The resolved experiment. Credentials are masked."""
         return yaml.safe_dump(_without_none(self._shown()), sort_keys=False)
 
     def _shown(self) -> dict[str, Any]:
-        return dataclasses.asdict(
-            dataclasses.replace(self, tracking=dataclasses.replace(self.tracking, uri=mask(self.tracking.uri)))
-        )
+        shown = _scrubbed(dataclasses.asdict(self))  # an environment variable's value may be in any text
+        return shown | {"tracking": shown["tracking"] | {"uri": mask(self.tracking.uri)}}
 
 
 SCALES = ("tiny", "small", "full")
@@ -457,6 +456,14 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     elif tree is not None:
         yield prefix, tree
+
+
+def _scrubbed(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {k: _scrubbed(v) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_scrubbed(v) for v in tree]
+    return scrub(tree) if isinstance(tree, str) else tree
 
 
 def _without_none(tree: Any) -> Any:

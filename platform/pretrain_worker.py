@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -161,7 +162,6 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
         # 0's clock, or at once for a node is about to go; what each rank needed for itself; each loss.
         due = rank == 0 and time.monotonic() - checkpointed > settings.checkpoint_minutes * 60
         urgent = not heeded and notice.given is not None
-        heeded |= urgent
         new = [p for p in problems_in(columns) if str(p) not in problems]
         mine = [float(x) for x in (len(new), due, urgent)] + [0.0] * world_size
         mine[3 + rank] = busy + forward
@@ -172,6 +172,7 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
         progress()
         total, losses, counts, others, busy_W = facts.split([1, len(losses), len(losses), 3, world_size])
         found_new, due, urgent = (bool(n) for n in others)
+        heeded |= urgent  # ranks hear of the same node at different times: one checkpoint for all
         if rank == 0 and (lag := slow(busy_W.tolist())) is not None:
             note(mailbox, lag)
 
@@ -230,9 +231,7 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
                     "language": plan.language.digests(variables(plan.sensors)),
                     "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
                 }
-                folder = tempfile.mkdtemp(prefix="copernicus-checkpoint-")
-                torch.save(state, Path(folder) / CHECKPOINT_FILE)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
+                checkpoint = ray.train.Checkpoint.from_directory(written(state))
             # Training goes on while the storage takes it, unless this process has not long to go.
             mode = CheckpointUploadMode.SYNC if last or urgent else CheckpointUploadMode.ASYNC
             ray.train.report(
@@ -241,8 +240,8 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
                 checkpoint_upload_mode=mode,
                 delete_local_checkpoint_after_upload=True,
             )
-            if urgent:
-                note(mailbox, f"{notice.given or 'a node is about to go'}: saved step {step} of {steps}")
+            if urgent and (reasons := [given for given in gather(notice.given, world_size) if given]) and rank == 0:
+                note(mailbox, f"{reasons[0]}: saved step {step} of {steps}")
         begun = time.monotonic()
 
 
@@ -342,6 +341,24 @@ def gather(mine: Any, world_size: int) -> list[Any]:
     everyone: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(everyone, mine)
     return everyone
+
+
+def written(state: dict[str, Any]) -> str:
+    """A folder of its own on this node's disk, with the checkpoint's file.
+
+    Raises:
+        OSError: the disk is full, say; nothing is left there.
+    """
+    folder = tempfile.mkdtemp(prefix="copernicus-checkpoint-")
+    try:
+        with open(Path(folder) / CHECKPOINT_FILE, "wb") as file:  # given a path, torch does not tell why it fails
+            torch.save(state, file)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    return folder
 
 
 def uncovered(coverage: Coverage, plan: Plan, step: int) -> str | None:

@@ -345,6 +345,13 @@ def test_the_stack_s_policies_let_workers_do_no_more_than_read_and_write_data():
     assert resources["WorkerRole"]["Properties"].keys() == {"RoleName", "AssumeRolePolicyDocument", "ManagedPolicyArns"}
     actions = {a for s in resources["Data"]["Properties"]["PolicyDocument"]["Statement"] for a in s["Action"]}
     assert all(a.startswith("s3:") and "*" not in a for a in actions)
+    (autoscaler,) = resources["HeadRole"]["Properties"]["Policies"]
+    changing = {"ec2:TerminateInstances", "ec2:StopInstances", "ec2:StartInstances", "ec2:CreateTags", "ec2:DeleteTags"}
+    for statement in autoscaler["PolicyDocument"]["Statement"]:
+        given = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        assert "Condition" in statement or not changing & set(given), (
+            "instances that are not the cluster's are left alone"
+        )
     assert not re.search(r"(?<!\w)[*&]\w", (CLUSTERS / "aws_stack.template").read_text()), (
         "CloudFormation knows no aliases"
     )

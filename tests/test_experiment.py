@@ -137,6 +137,14 @@ def test_a_password_is_used_but_not_shown():
     assert e.parameters()["tracking.uri"] == "postgresql://someone:***@host/db"
 
 
+def test_what_the_environment_hides_is_not_shown_either(monkeypatch):
+    monkeypatch.setenv("STORE_SECRET", "hunter2")
+    e = load("pretrain.shards=['s3://me:${oc.env:STORE_SECRET}@bucket/a.tar']")
+    assert e.pretrain is not None
+    assert e.pretrain.shards == ["s3://me:hunter2@bucket/a.tar"]
+    assert "hunter2" not in e.to_yaml() + str(e.parameters())
+
+
 def test_an_override_of_a_section_replaces_it_whole():
     e = load("sweep.search.lr={values: [1e-3, 0.1]}", "sweep.encoders={mine: {weights: none}}")
     assert e.sweep is not None

@@ -8,7 +8,9 @@ import io
 import json
 import math
 import os
+import resource
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,17 @@ from copernicus.datasets.slices import DrawReader
 from copernicus.models import create_model, load_weights
 from copernicus.platform.checkpoint import architecture, trained_language
 from copernicus.platform.experiment import Model, Pretrain
-from copernicus.platform.objective import PerRowLoss, Plan, autocast_dtype, build_autoencoder, freeze_unreached, weigh
+from copernicus.platform.objective import (
+    CHECKPOINT_FILE,
+    PerRowLoss,
+    Plan,
+    autocast_dtype,
+    build_autoencoder,
+    freeze_unreached,
+    weigh,
+)
 from copernicus.platform.pretrain import PretrainFailed, check_resources, pretrain
-from copernicus.platform.pretrain_worker import backward, split
+from copernicus.platform.pretrain_worker import backward, split, written
 from copernicus.platform.to_device import tensors
 
 TINY = Model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)  # fmt: skip
@@ -141,6 +151,21 @@ def test_parts_are_no_larger_than_asked_and_lose_no_row():
         parts = split(batch, most)
         assert [len(part["x"]) for part in parts] == sizes
         assert torch.cat([part["x"] for part in parts]).tolist() == list(range(8))
+
+
+def test_a_disk_that_takes_no_checkpoint_is_named_and_left_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            written({"model": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    folder = Path(written({"model": torch.ones(3)}))
+    assert folder.parent == tmp_path
+    assert torch.equal(torch.load(folder / CHECKPOINT_FILE, weights_only=True)["model"], torch.ones(3))
 
 
 def test_too_few_cpus_are_refused_with_the_sum():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -49,6 +51,19 @@ def test_a_command_is_noted_and_left_as_it_is(tmp_path):
     notes = [json.loads(line) for line in marks.read_text().splitlines()]
     places = [(n["name"], n["event"]) for n in notes if not n["name"].startswith("import ")]
     assert places == [("python", "start"), ("load_experiment", "start"), ("load_experiment", "end")]
+
+
+def test_the_places_that_are_noted_exist():
+    from start_latency import STAGES
+
+    spec = importlib.util.spec_from_file_location("marks", BENCHMARKS / "starting" / "sitecustomize.py")
+    marks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(marks)
+    for module, places in marks.WRAPPED.items():
+        for place in places:
+            assert callable(functools.reduce(getattr, place.split("."), importlib.import_module(module)))
+    places = {place for places in marks.WRAPPED.values() for place in places} - {"batches"} | {"python", "first batch"}
+    assert {name for _, name, _ in STAGES} <= places
 
 
 def test_both_sides_take_at_least_the_steps_asked_for():

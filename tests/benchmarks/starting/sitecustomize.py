@@ -19,13 +19,12 @@ from typing import Any
 WRAPPED = {
     "copernicus.platform.experiment": ["load_experiment"],
     "copernicus.platform.run": ["run_experiment", "make_miniature", "Tracker.start"],
-    "copernicus.platform.pretrain": [
-        "pretrain", "open_index", "train_worker", "build_autoencoder", "_Evaluation.__call__", "post",
-    ],
+    "copernicus.platform.pretrain": ["pretrain", "open_index", "train_worker"],
+    "copernicus.platform.pretrain_worker": ["build_autoencoder", "Evaluation.__call__", "post"],
     "copernicus.platform.stream": ["batches"],
     "ray._private.worker": ["init"],
     "ray.train.v2.api.data_parallel_trainer": ["DataParallelTrainer.fit"],
-}  # fmt: skip
+}
 IMPORTS = (
     "torch",
     "ray",
