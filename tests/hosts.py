@@ -51,8 +51,9 @@ mount --rbind {own}/tmp /tmp
 ip link set lo up
 until ip link set eth0 up 2>/dev/null; do sleep 0.02; done
 ip address add {address}/24 dev eth0
-# Not in its place: this shell is the first process, and buries the orphans.
-/usr/sbin/sshd -D -e -f {own}/sshd_config
+# Not in this shell's place, which is the first process, and buries the orphans.
+/usr/sbin/sshd -D -e -f {own}/sshd_config &
+wait
 """
 
 
