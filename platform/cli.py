@@ -1,4 +1,4 @@
-"""The ``copernicus`` command. Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted, 143 terminated."""
+"""The ``copernicus`` command. Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Experiments with the Copernicus Earth-observation foundation model, on Ray.",
 )
-TERMINATED = 143
 data = typer.Typer(no_args_is_help=True, help="Make, convert and inspect data.")
 app.add_typer(data, name="data")
 
@@ -54,8 +53,12 @@ def run(
     from copernicus.platform.run import run_experiment
     from copernicus.platform.session import ending_on_sigterm
 
-    with ending_on_sigterm():
-        run_experiment(loaded, console(), fresh=fresh, verbose=verbose)
+    try:
+        with ending_on_sigterm():
+            run_experiment(loaded, console(), fresh=fresh, verbose=verbose)
+    except KeyboardInterrupt:  # said here: Typer makes a silent exit of it
+        _complain("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -512,10 +515,6 @@ def main() -> None:
     except typer.Abort:  # what click makes of Ctrl-C
         _complain("interrupted; the same command goes on where it stopped")
         code = 130
-    except SystemExit as error:
-        if error.code == TERMINATED:
-            _complain("terminated; the same command goes on where it stopped")
-        raise
     except Exception as error:
         code = _failed(error)
     sys.exit(code if isinstance(code, int) else 0)

@@ -56,13 +56,13 @@ def ray_session(verbose: bool = False) -> Iterator[dict[str, float]]:
 
 @contextlib.contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends the process in good order, as Ctrl-C does: with SystemExit(143)."""
+    """Inside, SIGTERM ends the process in good order, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt  # of SystemExit a call that waits for Ray would make another, with code 1
 
     previous = signal.signal(signal.SIGTERM, end)
     try:
