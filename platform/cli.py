@@ -521,10 +521,8 @@ def main() -> None:
 
 
 def _failed(error: Exception) -> int:
-    import click
-
-    if isinstance(error, click.ClickException):  # a wrong option or argument
-        error.show()
+    if hasattr(error, "format_message"):  # a wrong option or argument; click's classes, which typer may have its own of
+        _complain(f"{error.format_message()} (--help lists what there is)")
         return 2
     from copernicus.datasets.storage import StoreError
     from copernicus.platform.cluster import JobServerLost

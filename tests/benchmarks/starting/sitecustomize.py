@@ -18,7 +18,7 @@ from typing import Any
 
 WRAPPED = {
     "copernicus.platform.experiment": ["load_experiment"],
-    "copernicus.platform.run": ["run_experiment", "make_miniature", "Tracker.start"],
+    "copernicus.platform.run": ["run_experiment", "Tracker.__init__", "make_miniature", "Tracker.start"],
     "copernicus.platform.pretrain": ["pretrain", "open_index", "train_worker"],
     "copernicus.platform.pretrain_worker": ["build_autoencoder", "Evaluation.__call__", "post"],
     "copernicus.platform.stream": ["batches"],
