@@ -408,3 +408,16 @@ def test_check_prints_the_resolved_experiment_and_creates_nothing(elsewhere):
     assert re.fullmatch(r"[0-9a-f]{8}", fingerprint)
     assert last == f"ok trial.yaml (pipeline, {fingerprint})"
     assert [p.name for p in elsewhere.iterdir()] == ["trial.yaml"]
+
+
+@pytest.mark.parametrize("words", [["check", "--foo"], ["chek"], ["run"]])
+def test_wrong_words_on_the_command_line_are_wrong_input(words, monkeypatch, capsys):
+    from copernicus.platform.cli import main
+
+    monkeypatch.setattr("sys.argv", ["copernicus", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
