@@ -40,7 +40,8 @@ def new_mailbox() -> Any:
 
     # On the driver's own node: any other may be lost, and with it what nobody has read yet.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+    kind: Any = ray.remote(Mailbox)
+    return kind.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 class Listener:

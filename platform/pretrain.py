@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -131,6 +132,10 @@ def pretrain(
     patience = (settings.hang_minutes or 30.0) * 60 + 300.0
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(patience)
     gpus = {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
+    size: dict[str, Any] = {"num_workers": fewest}
+    if fewest < most:
+        size = {"num_workers": (fewest, most), "elastic_resize_monitor_interval_s": RESIZE_S}
+    attempts: Any = Attempts(tell, settings.max_failures, None if autoscales() else ROOM_S, HangReports(folder))
     with (
         marked(folder) as token,
         Listener(mailbox, steps, on_metrics, on_progress, on_note),
@@ -147,10 +152,7 @@ def pretrain(
                 "token": token,
             },
             scaling_config=ray.train.ScalingConfig(
-                num_workers=fewest if fewest == most else (fewest, most),
-                use_gpu=bool(gpus),
-                elastic_resize_monitor_interval_s=RESIZE_S,
-                resources_per_worker={"CPU": settings.cpus_per_worker} | gpus,
+                use_gpu=bool(gpus), resources_per_worker={"CPU": settings.cpus_per_worker} | gpus, **size
             ),
             torch_config=TorchConfig(timeout_s=int(patience)),
             run_config=ray.train.RunConfig(
@@ -158,9 +160,7 @@ def pretrain(
                 storage_path=str(folder),
                 failure_config=ray.train.FailureConfig(max_failures=-1),  # `Attempts` counts
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
-                callbacks=[
-                    Attempts(tell, settings.max_failures, None if autoscales() else ROOM_S, HangReports(folder))
-                ],
+                callbacks=[attempts],
             ),
         )
         try:

@@ -66,7 +66,7 @@ def train_worker(config: dict[str, Any]) -> None:
 def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[[], None]) -> None:
     """The loop. ``progress`` is called whenever something has moved."""
     import ray
-    import ray.train
+    import ray.train.torch
     import torch.distributed as dist
     from ray.train import CheckpointUploadMode
 
