@@ -28,11 +28,14 @@ from copernicus.platform.progress import progress_bar, short_path, spell_time
 from copernicus.platform.session import autoscales, ray_session
 from copernicus.platform.shared_storage import not_shared
 from copernicus.platform.tables import terminal
-from copernicus.platform.tracking import Run, Tracker, git_commit, mask
+from copernicus.platform.tracking import Run, Tracker, git_commit, mask, may_pass, store_errors
 
 MOST_SHOWN = 20
 MOST_COMPARED = 40
 """Runs in one address of MLflow's page that compares; terminals and browsers cut off longer ones."""
+
+ROWS_AT_ONCE = 20
+"""Steps whose figures go to MLflow in one request, which takes 1000 figures and records all or none."""
 
 
 class State:
@@ -225,22 +228,33 @@ def _pretrain(
     logged = tracker.last_step(run, "train/loss")
     rows: list[tuple[int, dict[str, float]]] = []
     written = time.monotonic()
+    silent = False
     held: list[Any] = []
 
     def flush() -> None:
         nonlocal written
-        run.metric_rows(rows)
-        rows.clear()
         written = time.monotonic()
+        while rows:
+            run.metric_rows(rows[:ROWS_AT_ONCE])
+            del rows[:ROWS_AT_ONCE]
 
-    def on_metrics(step: int, metrics: dict[str, float]) -> None:
+    def on_metrics(step: int, metrics: dict[str, float]) -> bool:
         # After a failure the steps since the checkpoint come again, with the same figures: they are logged once.
-        nonlocal logged
+        nonlocal logged, silent
         if step > logged:
             rows.append((step, metrics))
             logged = step
         if time.monotonic() - written > 2:
-            flush()
+            try:
+                flush()
+                silent = False
+            except store_errors() as error:
+                if not may_pass(error):
+                    raise
+                if not silent:
+                    console.print("  [yellow]note[/] training goes on; its figures are recorded when MLflow answers")
+                silent = True
+        return not rows
 
     def on_plan(plan: Any, train: Any, held_out: Any) -> None:
         held.extend([plan, held_out])
