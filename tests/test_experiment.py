@@ -325,6 +325,7 @@ def test_distillation_is_off_unless_a_teacher_is_named(monkeypatch):
         ("pretrain.workers=[3,2]", ["pretrain.workers: must be a number above 0 or two, [fewest, most]; it is [3, 2]"]),
         ("pretrain.workers=[1,2,3]", ["pretrain.workers", "[fewest, most]"]),
         ("pretrain.workers=[]", ["pretrain.workers", "[fewest, most]"]),
+        ("pretrain.workers=[1]", ["pretrain.workers", "[fewest, most]"]),
         ("pretrain.workers=two", ["pretrain.workers", "it is two"]),
         ("pretrain.workers=0", ["pretrain.workers", "it is 0"]),
         ("pretrain.workers=true", ["pretrain.workers", "it is True"]),
