@@ -268,7 +268,7 @@ def entrypoint(overrides: Sequence[str], fresh: bool = False) -> str:
         [
             "JOB=$PWD",
             f'[ -n "$COPERNICUS_STORAGE" ] || {{ echo {shlex.quote(unset)}; exit 2; }}',
-            f'cd "$COPERNICUS_STORAGE" || {{ echo "{missing}"; exit 2; }}',
+            f'cd "$COPERNICUS_STORAGE" 2>/dev/null || {{ echo "{missing}"; exit 2; }}',
             'echo "In $PWD on $(hostname)"',
             # Whatever lies in the shared folder is no module.
             "export PYTHONSAFEPATH=1",
