@@ -137,7 +137,8 @@ def test_parts_of_a_batch_add_up_to_its_gradients(shards, preset):
         grids = index_shards(str(shards)).entries(range(7))
         batch = tensors(chosen.reader(augment=True).batch([*((g, 0, 0) for g in grids), None]), torch.device("cpu"))
         batch["metadata"] = chosen.metadata(batch, 0)
-        figures[most] = backward(chosen, module, batch, 0, torch.tensor(1 / 7))
+        *figures[most], seconds = backward(chosen, module, batch, 0, torch.tensor(1 / 7))
+        assert seconds > 0
         gradients[most] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     assert figures[None][2].max() <= 7
     for most in (3, 1):

@@ -395,7 +395,7 @@ def test_ctrl_c_leaves_the_job_running(state, server, sweep):
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        shown, _ = process.communicate(timeout=60)
+        shown, _ = process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()
