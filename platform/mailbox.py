@@ -91,7 +91,12 @@ class Listener:
         try:
             while True:
                 stopping = self.stopping.is_set()  # before the reading: what was sent until now is still handed on
-                messages, notes = ray.get(self.mailbox.read.remote(number), timeout=20)
+                try:
+                    messages, notes = ray.get(self.mailbox.read.remote(number), timeout=20)
+                except ray.exceptions.GetTimeoutError:
+                    if stopping:
+                        raise
+                    continue  # a busy machine: the same messages are asked for again
                 for text in notes:
                     self.on_note(text)
                 for step, metrics in messages:

@@ -114,8 +114,10 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
         precisions |= {saved["precision"]}
         step, coverage = saved["step"], Coverage({k: tuple(v) for k, v in saved["coverage"].items()})
         problems |= {str(p): p for p in (Problem(*fields) for fields in saved["problems"])}
-        for number, (earlier, metrics) in enumerate(saved["unrecorded"], 1):  # their driver may have been killed
-            post(mailbox, rank, earlier, metrics, wait=number == len(saved["unrecorded"]))
+        for number, (earlier, metrics) in enumerate(
+            saved.get("unrecorded", []), 1
+        ):  # their driver may have been killed
+            post(mailbox, rank, earlier, metrics, wait=number == len(saved.get("unrecorded", [])))
     if len(teachers) > 1:
         stop_run(
             mailbox, rank, "pretrain.distill.teacher: its files differ between nodes, or from those this run began with"

@@ -26,7 +26,7 @@ from copernicus.platform.experiment import Experiment, Miniature, Pretrain, Swee
 from copernicus.platform.language import language_warning, variables
 from copernicus.platform.progress import progress_bar, short_path, spell_time
 from copernicus.platform.session import autoscales, ray_session
-from copernicus.platform.shared_storage import not_shared
+from copernicus.platform.shared_storage import SILENT, not_shared
 from copernicus.platform.tables import terminal
 from copernicus.platform.tracking import Run, Tracker, git_commit, mask, may_pass, store_errors
 
@@ -144,7 +144,8 @@ def refuse_unshared(folders: list[Path]) -> None:
     for folder in folders:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        problems = not_shared(folder.absolute())
+        # Who says nothing may have just died, and is asked again when it is given work.
+        problems = [problem for problem in not_shared(folder.absolute()) if SILENT not in problem]
         for path in made:
             with contextlib.suppress(OSError):  # somebody uses it by now
                 path.rmdir()
@@ -302,8 +303,14 @@ def _pretrain(
                     on_index=lambda done, total, note: update(done, total, f"shards indexed {note}"),
                     on_note=lambda text: console.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True),
                 )  # fmt: skip
-            finally:
-                flush()
+            except BaseException:
+                # On the way out nobody waits for a store that does not answer; the checkpoint keeps what it lacks.
+                patience, tracker.patience = tracker.patience, 0.0
+                with contextlib.suppress(*store_errors()):
+                    flush()
+                tracker.patience = patience
+                raise
+            flush()
         pictures = reconstructions(held[0], held[1], result.checkpoint, experiment.folder / "pictures")
         for picture in pictures:
             run.artifact(picture, "reconstructions")
