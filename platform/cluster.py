@@ -202,20 +202,32 @@ class JobServer:
 
 
 def find_token() -> tuple[str | None, str]:
-    """The cluster's token from where Ray looks for it, and the name of that place; or None, and what to do."""
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token, "RAY_AUTH_TOKEN"
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
-    try:
-        token = path.read_text().strip()
-    except FileNotFoundError:
-        token = ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the cluster's token: {error}") from None
-    if token:
-        return token, str(path)
-    return None, f"put it into {path} (mode 600), or set RAY_AUTH_TOKEN"
+    """The cluster's token from where Ray looks for it, and the name of that place; or None, and what to do.
+
+    Raises:
+        InputError: what is there cannot be read, or is no token.
+    """
+    source = "RAY_AUTH_TOKEN"
+    token = os.environ.get(source, "").strip()
+    if not token:
+        named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+        source = str(path)
+        try:
+            token = path.read_text().strip()
+        except FileNotFoundError:
+            pass
+        except (OSError, UnicodeDecodeError) as error:
+            what = getattr(error, "strerror", None) or "is not text"
+            raise InputError(f"{path}: cannot read the cluster's token: {what}") from None
+    if not token:
+        return None, f"put it into {source} (mode 600), or set RAY_AUTH_TOKEN"
+    # It goes into a header: what cannot would end in a traceback that shows the token.
+    if not re.fullmatch("[!-~]+", token):
+        raise InputError(
+            f"{source}: is no token: one word of ASCII; `ray get-auth-token` on the head prints the cluster's"
+        )
+    return token, source
 
 
 @contextlib.contextmanager
@@ -256,7 +268,7 @@ def entrypoint(overrides: Sequence[str], fresh: bool = False) -> str:
         [
             "JOB=$PWD",
             f'[ -n "$COPERNICUS_STORAGE" ] || {{ echo {shlex.quote(unset)}; exit 2; }}',
-            f'cd "$COPERNICUS_STORAGE" || {{ echo "{missing}"; exit 2; }}',
+            f'cd "$COPERNICUS_STORAGE" 2>/dev/null || {{ echo "{missing}"; exit 2; }}',
             'echo "In $PWD on $(hostname)"',
             # Whatever lies in the shared folder is no module.
             "export PYTHONSAFEPATH=1",

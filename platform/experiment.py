@@ -345,8 +345,10 @@ def _read(source: str, overrides: Sequence[str], passwords: bool) -> DictConfig:
         raise ExperimentError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     except OmegaConfBaseException as error:
         raise ExperimentError(f"{source}: {_first_line(error)}") from None
+    except AssertionError:  # of OmegaConf, about a file that is one number
+        given = None
     if not isinstance(given, DictConfig):
-        raise ExperimentError(f"{source}: an experiment is a mapping of keys to values, not {type(given).__name__}")
+        raise ExperimentError(f"{source}: an experiment is a mapping of keys to values, and this is none")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():

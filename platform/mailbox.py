@@ -9,6 +9,9 @@ from typing import Any
 LAST_FIGURES_S = 330
 """How long the last figures may take: longer than writes to the tracking store wait out an outage."""
 
+Figures = tuple[int, dict[str, float]]
+"""A step and its metrics."""
+
 
 def new_mailbox() -> Any:
     """A small actor through which workers send figures to the driver; it costs no CPU and blocks nobody."""
@@ -16,8 +19,11 @@ def new_mailbox() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Mailbox:
+        """Messages are numbered, and stay here until the driver has recorded them."""
+
         def __init__(self) -> None:
-            self.messages: list[tuple[int, dict[str, float]]] = []
+            self.messages: list[Figures] = []
+            self.first = 0  # number of the first of them
             self.notes: list[str] = []
             self.stopped: str | None = None
 
@@ -33,19 +39,29 @@ def new_mailbox() -> Any:
         def reason(self) -> str | None:
             return self.stopped
 
-        def drain(self) -> tuple[list[tuple[int, dict[str, float]]], list[str]]:
-            drained = self.messages, self.notes
-            self.messages, self.notes = [], []
-            return drained
+        def read(self, number: int) -> tuple[list[Figures], list[str]]:
+            """Messages from that number on, and new notes."""
+            notes, self.notes = self.notes, []
+            return self.messages[number - self.first :], notes
+
+        def recorded(self, number: int) -> None:
+            """Those before that number are."""
+            del self.messages[: max(0, number - self.first)]
+            self.first = max(self.first, number)
+
+        def unrecorded(self) -> list[Figures]:
+            return self.messages
 
     # On the driver's own node: any other may be lost, and with it what nobody has read yet.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     kind: Any = ray.remote(Mailbox)
-    return kind.options(num_cpus=0, scheduling_strategy=here).remote()
+    # A call that a broken connection lost is made again: a message that comes twice is recorded once, by its step.
+    return kind.options(num_cpus=0, scheduling_strategy=here, max_task_retries=-1).remote()
 
 
 class Listener:
-    """Hands the mailbox's messages to the driver's callbacks while the trainer runs."""
+    """Hands the mailbox's messages to the driver's callbacks while the trainer runs. ``on_metrics`` returns False where it
+    only keeps what it was given, and has yet to record it."""
 
     def __init__(self, mailbox: Any, steps: int, on_metrics: Callable, on_progress: Callable, on_note: Callable):
         self.mailbox, self.steps = mailbox, steps
@@ -71,15 +87,24 @@ class Listener:
     def _listen(self) -> None:
         import ray
 
+        number = recorded = 0  # of messages
         try:
             while True:
-                stopping = self.stopping.is_set()  # before the drain: what was sent until now is still handed on
-                messages, notes = ray.get(self.mailbox.drain.remote(), timeout=20)
+                stopping = self.stopping.is_set()  # before the reading: what was sent until now is still handed on
+                try:
+                    messages, notes = ray.get(self.mailbox.read.remote(number), timeout=20)
+                except ray.exceptions.GetTimeoutError:
+                    if stopping:
+                        raise
+                    continue  # a busy machine: the same messages are asked for again
                 for text in notes:
                     self.on_note(text)
                 for step, metrics in messages:
-                    self.on_metrics(step, metrics)
+                    number += 1
+                    if self.on_metrics(step, metrics) is not False:
+                        recorded = number
                 if messages:
+                    self.mailbox.recorded.remote(recorded)
                     self.on_progress(messages[-1][0], self.steps, messages[-1][1])
                 if stopping:
                     return
@@ -96,6 +121,13 @@ def post(mailbox: Any, rank: int, step: int, metrics: dict[str, float], wait: bo
             import ray
 
             ray.get(sent)
+
+
+def unrecorded(mailbox: Any) -> list[Figures]:
+    """What the driver has not recorded of what was sent until now: it would be lost with the driver."""
+    import ray
+
+    return ray.get(mailbox.unrecorded.remote())
 
 
 def note(mailbox: Any, text: str) -> None:

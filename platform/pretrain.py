@@ -59,7 +59,7 @@ def pretrain(
     settings: Pretrain,
     seed: int,
     folder: Path,
-    on_metrics: Callable[[int, dict[str, float]], None],
+    on_metrics: Callable[[int, dict[str, float]], bool | None],
     on_progress: Callable[[int, int, dict[str, float]], None],
     on_plan: Callable[[Plan, GridIndex, GridIndex], None] = lambda plan, train, held_out: None,
     on_index: Callable[[float, float, str], None] = lambda done, total, note: None,
@@ -67,8 +67,9 @@ def pretrain(
 ) -> PretrainResult:
     """Pretrain, or go on from the last checkpoint under ``folder``.
 
-    ``on_metrics(step, metrics)`` receives each step's figures once per attempt, in order; ``on_progress(step, steps,
-    metrics)`` the latest of them for display. Both are called on a thread of this process. ``on_index`` follows the
+    ``on_metrics(step, metrics)`` receives each step's figures once per attempt, in order, and returns False while it only
+    keeps them: what is not recorded is in the checkpoints, too, and comes again. ``on_progress(step, steps, metrics)``
+    receives the latest of them for display. Both are called on a thread of this process. ``on_index`` follows the
     indexing of shards that no index covers yet; ``on_note`` hears of workers that died, hung, fell behind or wait for room.
 
     Raises:

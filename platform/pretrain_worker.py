@@ -25,7 +25,7 @@ from copernicus.datasets.shards import Problem
 from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.platform.hang_watch import HangWatch
 from copernicus.platform.language import variables
-from copernicus.platform.mailbox import note, post, stop_run
+from copernicus.platform.mailbox import note, post, stop_run, unrecorded
 from copernicus.platform.objective import (
     CHECKPOINT_FILE,
     PerRowLoss,
@@ -114,6 +114,10 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
         precisions |= {saved["precision"]}
         step, coverage = saved["step"], Coverage({k: tuple(v) for k, v in saved["coverage"].items()})
         problems |= {str(p): p for p in (Problem(*fields) for fields in saved["problems"])}
+        for number, (earlier, metrics) in enumerate(
+            saved.get("unrecorded", []), 1
+        ):  # their driver may have been killed
+            post(mailbox, rank, earlier, metrics, wait=number == len(saved.get("unrecorded", [])))
     if len(teachers) > 1:
         stop_run(
             mailbox, rank, "pretrain.distill.teacher: its files differ between nodes, or from those this run began with"
@@ -230,6 +234,7 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
                     "architecture": {"name": settings.model.name, **settings.model.encoder_overrides()},
                     "language": plan.language.digests(variables(plan.sensors)),
                     "problems": [[p.where, p.reason, p.detail] for p in problems.values()],
+                    "unrecorded": unrecorded(mailbox),  # steps up to this one do not come again
                 }
                 checkpoint = ray.train.Checkpoint.from_directory(written(state))
             # Training goes on while the storage takes it, unless this process has not long to go.

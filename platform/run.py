@@ -26,13 +26,16 @@ from copernicus.platform.experiment import Experiment, Miniature, Pretrain, Swee
 from copernicus.platform.language import language_warning, variables
 from copernicus.platform.progress import progress_bar, short_path, spell_time
 from copernicus.platform.session import autoscales, ray_session
-from copernicus.platform.shared_storage import not_shared
+from copernicus.platform.shared_storage import SILENT, not_shared
 from copernicus.platform.tables import terminal
-from copernicus.platform.tracking import Run, Tracker, git_commit, mask
+from copernicus.platform.tracking import Run, Tracker, git_commit, mask, may_pass, store_errors
 
 MOST_SHOWN = 20
 MOST_COMPARED = 40
 """Runs in one address of MLflow's page that compares; terminals and browsers cut off longer ones."""
+
+ROWS_AT_ONCE = 20
+"""Steps whose figures go to MLflow in one request, which takes 1000 figures and records all or none."""
 
 
 class State:
@@ -141,7 +144,8 @@ def refuse_unshared(folders: list[Path]) -> None:
     for folder in folders:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        problems = not_shared(folder.absolute())
+        # Who says nothing may have just died, and is asked again when it is given work.
+        problems = [problem for problem in not_shared(folder.absolute()) if SILENT not in problem]
         for path in made:
             with contextlib.suppress(OSError):  # somebody uses it by now
                 path.rmdir()
@@ -225,22 +229,33 @@ def _pretrain(
     logged = tracker.last_step(run, "train/loss")
     rows: list[tuple[int, dict[str, float]]] = []
     written = time.monotonic()
+    silent = False
     held: list[Any] = []
 
     def flush() -> None:
         nonlocal written
-        run.metric_rows(rows)
-        rows.clear()
         written = time.monotonic()
+        while rows:
+            run.metric_rows(rows[:ROWS_AT_ONCE])
+            del rows[:ROWS_AT_ONCE]
 
-    def on_metrics(step: int, metrics: dict[str, float]) -> None:
+    def on_metrics(step: int, metrics: dict[str, float]) -> bool:
         # After a failure the steps since the checkpoint come again, with the same figures: they are logged once.
-        nonlocal logged
+        nonlocal logged, silent
         if step > logged:
             rows.append((step, metrics))
             logged = step
         if time.monotonic() - written > 2:
-            flush()
+            try:
+                flush()
+                silent = False
+            except store_errors() as error:
+                if not may_pass(error):
+                    raise
+                if not silent:
+                    console.print("  [yellow]note[/] training goes on; its figures are recorded when MLflow answers")
+                silent = True
+        return not rows
 
     def on_plan(plan: Any, train: Any, held_out: Any) -> None:
         held.extend([plan, held_out])
@@ -288,8 +303,14 @@ def _pretrain(
                     on_index=lambda done, total, note: update(done, total, f"shards indexed {note}"),
                     on_note=lambda text: console.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True),
                 )  # fmt: skip
-            finally:
-                flush()
+            except BaseException:
+                # On the way out nobody waits for a store that does not answer; the checkpoint keeps what it lacks.
+                patience, tracker.patience = tracker.patience, 0.0
+                with contextlib.suppress(*store_errors()):
+                    flush()
+                tracker.patience = patience
+                raise
+            flush()
         pictures = reconstructions(held[0], held[1], result.checkpoint, experiment.folder / "pictures")
         for picture in pictures:
             run.artifact(picture, "reconstructions")

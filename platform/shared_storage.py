@@ -16,6 +16,9 @@ WAIT_S = 5.0
 """How long a file may take to show on another node. Network file systems remember for longer what a folder held, but not
 of names that nobody asked for before; hence the token in each."""
 
+SILENT = "did not answer"
+"""Of a node that could not be asked, in its line."""
+
 SIZE = 4096
 """Of a file that a node writes, bytes: more than what fits beside a full file system's metadata."""
 
@@ -74,13 +77,13 @@ def not_shared(folder: Path, timeout_s: float = 60.0) -> list[str]:
             answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
             for task in silent:
                 ray.cancel(task, force=True)
-                problems.append(f"{names(asked[task])} did not answer within {timeout_s:g} s")
+                problems.append(f"{names(asked[task])} {SILENT} within {timeout_s:g} s")
             for task in answered:
                 node_id = asked[task]
                 try:
                     problem = ray.get(task)
                 except ray.exceptions.RayError as error:
-                    problem = f"could not be asked: {str(error).strip().splitlines()[0]}"
+                    problem = f"{SILENT}: {str(error).strip().splitlines()[0]}"
                 if problem is None and not _appears(_mark(folder, token, node_id)):
                     problem = "takes files that do not show here"
                     elsewhere.append(node_id)

@@ -16,7 +16,7 @@ LIMIT_BYTES = 100 * 2**20
 """What Ray's job server takes."""
 FOLDERS = ("platform", "platform/clusters", "models", "datasets", "datasets/bench", "datasets/miniature")
 """Folders of the package, as a wheel has them (`tests/test_shipping.py` compares)."""
-SUFFIXES = (".py", ".pyi", ".typed", ".yaml", ".yml", ".sh")
+SUFFIXES = (".py", ".pyi", ".typed", ".yaml", ".yml", ".sh", ".template")
 EXPERIMENT = "experiment.yaml"
 COMMIT = "copernicus/platform/commit.txt"
 """Says which commit the shipped code is of: on the cluster it is outside a checkout (`tracking.git_commit`)."""
@@ -78,4 +78,8 @@ def package_files() -> Iterator[tuple[str, Path]]:
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [f for f in folder.iterdir() if f.suffix in SUFFIXES and not f.name.startswith(".") and f.is_file()]
+    return [
+        f
+        for f in folder.iterdir()
+        if (f.suffix in SUFFIXES or f.name == "Dockerfile") and not f.name.startswith(".") and f.is_file()
+    ]

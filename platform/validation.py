@@ -174,7 +174,11 @@ def validate(e: Experiment, source: str, elsewhere: bool = False) -> None:
         if not 0 <= p.max_skipped <= 1:
             raise wrong("pretrain.max_skipped", f"must be a share between 0 and 1, it is {p.max_skipped}")
         given = p.workers if isinstance(p.workers, list) else [p.workers]
-        if not given or not all(type(n) is int and n > 0 for n in given) or given != sorted(given)[:2]:
+        if (
+            not all(type(n) is int and n > 0 for n in given)
+            or given != sorted(given)
+            or (isinstance(p.workers, list) and len(given) != 2)
+        ):
             raise wrong("pretrain.workers", f"must be a number above 0 or two, [fewest, most]; it is {p.workers}")
         if given[-1] > p.batch_size:
             raise wrong("pretrain.workers", f"{given[-1]} workers cannot share a global batch of {p.batch_size}")

@@ -325,6 +325,7 @@ def test_distillation_is_off_unless_a_teacher_is_named(monkeypatch):
         ("pretrain.workers=[3,2]", ["pretrain.workers: must be a number above 0 or two, [fewest, most]; it is [3, 2]"]),
         ("pretrain.workers=[1,2,3]", ["pretrain.workers", "[fewest, most]"]),
         ("pretrain.workers=[]", ["pretrain.workers", "[fewest, most]"]),
+        ("pretrain.workers=[1]", ["pretrain.workers", "[fewest, most]"]),
         ("pretrain.workers=two", ["pretrain.workers", "it is two"]),
         ("pretrain.workers=0", ["pretrain.workers", "it is 0"]),
         ("pretrain.workers=true", ["pretrain.workers", "it is True"]),
@@ -421,3 +422,10 @@ def test_wrong_words_on_the_command_line_are_wrong_input(words, monkeypatch, cap
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["3\n", "2.5\n", "- a\n", "true\n"])
+def test_a_file_that_is_no_mapping_is_said_to_be_none(tmp_path, text):
+    (tmp_path / "number.yaml").write_text(text)
+    with pytest.raises(ExperimentError, match=r"number\.yaml: an experiment is a mapping"):
+        load_experiment(tmp_path / "number.yaml", [])

@@ -10,7 +10,7 @@ from hosts import why_not
 from launched import LaunchedCluster, launched_cluster
 from losing import TROUBLES, Experiment, suffer, undisturbed, write_data
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+pytestmark = [pytest.mark.chaos, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 EPOCHS = 60
 

@@ -137,7 +137,8 @@ def test_parts_of_a_batch_add_up_to_its_gradients(shards, preset):
         grids = index_shards(str(shards)).entries(range(7))
         batch = tensors(chosen.reader(augment=True).batch([*((g, 0, 0) for g in grids), None]), torch.device("cpu"))
         batch["metadata"] = chosen.metadata(batch, 0)
-        figures[most] = backward(chosen, module, batch, 0, torch.tensor(1 / 7))
+        *figures[most], seconds = backward(chosen, module, batch, 0, torch.tensor(1 / 7))
+        assert seconds > 0
         gradients[most] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     assert figures[None][2].max() <= 7
     for most in (3, 1):
@@ -176,10 +177,14 @@ def test_too_few_cpus_are_refused_with_the_sum():
     check_resources(Pretrain(workers=[1, 64], cpus_per_worker=1.0), {"CPU": 2.0})
 
 
-def run(chosen: Pretrain, folder: Path, on_plan=lambda *_: None):
+def run(chosen: Pretrain, folder: Path, on_plan=lambda *_: None, recorded: bool = True):
     rows: list[tuple[int, dict[str, float]]] = []
-    result = pretrain(chosen, 0, folder, lambda step, metrics: rows.append((step, metrics)), lambda *_: None, on_plan)
-    return result, rows
+
+    def on_metrics(step: int, metrics: dict[str, float]) -> bool:
+        rows.append((step, metrics))
+        return recorded
+
+    return pretrain(chosen, 0, folder, on_metrics, lambda *_: None, on_plan), rows
 
 
 def test_a_published_run_trains_on_whole_grids_with_the_published_loss(ray, shards, tmp_path):
@@ -218,7 +223,7 @@ def trained(ray, shards, tmp_path_factory):
     np.savez(folder / "words.npz", **WORDS)
     given = {"norm_pix_loss": False, "activation_checkpointing": True, "language": str(folder / "words.npz")}
     chosen = settings(shards, epochs=6, **given)
-    return chosen, folder, *run(chosen, folder, lambda plan, *_: plans.append(plan)), plans[0]
+    return chosen, folder, *run(chosen, folder, lambda plan, *_: plans.append(plan), recorded=False), plans[0]
 
 
 def test_a_run_learns_and_its_checkpoint_loads(trained):
@@ -238,6 +243,14 @@ def test_a_run_learns_and_its_checkpoint_loads(trained):
     assert torch.load(result.checkpoint, weights_only=True)["precision"] == "torch.float32"
     kept = sorted(p.name for p in (folder / "pretrain").glob("checkpoint_2*"))
     assert len(kept) == 2, "keep_checkpoints"
+
+
+def test_figures_that_a_driver_had_not_recorded_when_it_ended_come_again(trained):
+    """Its checkpoint is of the last step: no step is trained again."""
+    chosen, folder, result, rows, _ = trained
+    again, those = run(chosen, folder)
+    assert again.steps == result.steps
+    assert those == rows
 
 
 def test_the_number_of_workers_changes_neither_batches_nor_gradients(trained, tmp_path):

@@ -267,6 +267,20 @@ def test_a_token_is_sent_only_where_one_is_asked_for(state, server, monkeypatch,
         JobServer(server.address)
 
 
+@pytest.mark.parametrize("token", ["two\nlines", "a word", "s\u00fcr\u00fccek"])
+def test_what_is_no_token_is_said_and_not_shown(state, server, monkeypatch, tmp_path, token):
+    state.token = "let-me-in"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    with pytest.raises(InputError, match=r"^RAY_AUTH_TOKEN: is no token") as raised:
+        JobServer(server.address)
+    assert token not in str(raised.value)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    (tmp_path / "token").write_text(token, encoding="utf-8")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(InputError, match="token: is no token"):
+        JobServer(server.address)
+
+
 def test_a_netrc_does_not_take_the_token_s_place(state, server, monkeypatch, tmp_path):
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login someone password else\n")
@@ -381,7 +395,7 @@ def test_ctrl_c_leaves_the_job_running(state, server, sweep):
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        shown, _ = process.communicate(timeout=60)
+        shown, _ = process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()
