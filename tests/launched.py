@@ -65,6 +65,7 @@ class LaunchedCluster:
         self.network, self.file, self.environment = network, file, environment
         self.head: Host = network.hosts[0]
         self.workers: list[Host] = network.hosts[1:]
+        self._following: list[subprocess.Popen] = []
 
     @property
     def shared(self) -> Path:
@@ -86,12 +87,26 @@ class LaunchedCluster:
     def copernicus(self, *arguments: str, code: int = 0) -> str:
         return self.client(*command(*arguments), code=code)
 
+    def submit(self, log: Path, *arguments: str) -> subprocess.Popen:
+        """The command that submits an experiment and follows the job to its end; it writes to ``log``."""
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                command("submit", *arguments, "--cluster", str(self.file)),
+                cwd=self.file.parent, env=self.environment, stdin=subprocess.DEVNULL,
+                stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self._following.append(process)
+        return process
+
     def up(self) -> None:
         """And wait until every host is a node of the cluster."""
         self.ray("up", str(self.file), "--yes", "--no-config-cache")
         self.await_nodes(len(self.network.hosts))
 
     def down(self) -> None:
+        for process in self._following:
+            process.kill()
+            process.wait()
         self.ray("down", str(self.file), "--yes")
 
     def on_head(self, script: str) -> list[Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from conftest import make_grid
 from launched import LaunchedCluster, TrackedRun
-from test_run import command, pretraining
+from test_run import pretraining
 
 from copernicus.datasets.index import index_shards
 from copernicus.datasets.order import Coverage
@@ -161,12 +161,7 @@ class Experiment:
     def submit(self) -> subprocess.Popen:
         """The command that submits it and follows the job to its end."""
         self.submitted += 1
-        with open(self.log, "ab") as log:
-            return subprocess.Popen(
-                command("submit", str(self.yaml), "--cluster", str(self.cluster.file), *self.overrides),
-                cwd=self.cluster.file.parent, env=self.cluster.environment, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+        return self.cluster.submit(self.log, str(self.yaml), *self.overrides)
 
     def checkpoints(self) -> dict[int, float]:
         """The step of each, and when it was written (seconds)."""

@@ -13,7 +13,7 @@ import torch
 from hosts import isolated_hosts, why_not
 from launched import LaunchedCluster, launched_cluster
 from losing import RAYLET, TRAINER
-from test_run import EXPERIMENTS, command, copernicus, final_weights, runs
+from test_run import EXPERIMENTS, copernicus, final_weights, runs
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -71,15 +71,13 @@ def test_hosts_are_apart_and_leave_nothing_behind(tmp_path):
 @pytest.mark.timeout(900)
 def test_a_submitted_pretraining_spans_both_nodes_and_ends_as_it_does_here(cluster, tmp_path):
     one_a_node = ["pretrain.cpus_per_worker=1.5", "pretrain.data_cpus=0.5"]  # nodes have two CPUs
-    job = subprocess.Popen(
-        command("submit", SMOKE, *one_a_node, "--cluster", str(cluster.file)),
-        cwd=cluster.file.parent, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    log = tmp_path / "job.log"
+    job = cluster.submit(log, SMOKE, *one_a_node)
     trained_on = set()
     while job.poll() is None:
         trained_on |= {host.name for host in cluster.network.hosts if host.processes(TRAINER)}
         time.sleep(0.3)
-    output = job.communicate()[0]
+    output = log.read_text()
     assert job.returncode == 0, output
     assert trained_on == {"host1", "host2"}
     assert "1/2 miniature Earth" in output, "the job's log is followed"
