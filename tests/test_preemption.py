@@ -136,7 +136,7 @@ def test_no_service_there(metadata):
             assert notice.given is None
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_notice_reaches_the_other_nodes_workers_and_counts_as_no_failure(metadata, tmp_path):
     import ray
     import ray.train

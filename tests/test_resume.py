@@ -97,7 +97,7 @@ def assert_each_epoch_was_trained_once(folder: Path, name: str, shards: Path) ->
     assert saved["samples_seen"] == EPOCHS * DRAWS * GRIDS
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(1200)
 def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids):
     rng = random.Random(int(time.time()))  # other moments each time
@@ -142,7 +142,7 @@ def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids):
     assert_each_epoch_was_trained_once(tmp_path, "broken", whole_grids)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_another_number_of_workers_goes_on_with_the_next_sample(tmp_path, whole_grids):
     """Two workers, killed; one, killed; two again. Sums over ranks round otherwise, so weights agree to tolerance."""

@@ -71,7 +71,7 @@ def in_namespace(mounts: str, command: list[str]) -> subprocess.CompletedProcess
     return done
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_nodes_of_a_cluster(tmp_path):
     import psutil
     import ray

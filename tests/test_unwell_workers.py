@@ -85,7 +85,7 @@ def equal(undisturbed: Path, folder: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_worker_that_stops_is_found_and_the_run_goes_on(tmp_path, whole_grids, undisturbed):
     with cluster() as nodes:
@@ -101,7 +101,7 @@ def test_a_worker_that_stops_is_found_and_the_run_goes_on(tmp_path, whole_grids,
     assert equal(undisturbed, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_node_that_is_taken_away_is_left_with_all_its_steps(tmp_path, whole_grids, undisturbed, notices):
     """A checkpoint at the notice, though none is due: without it the steps since the last would come again."""
