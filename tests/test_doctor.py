@@ -322,7 +322,7 @@ def test_wrong_input_ends_with_2(arguments, says, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_the_command_finds_an_open_ray(tmp_path):
     """Ray without tokens listens on all addresses: anybody in the network could run code here."""
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
@@ -386,7 +386,7 @@ def test_a_cluster_that_does_not_answer(monkeypatch):
     assert [f.status for f in findings if f.name == "job server"] == [FAIL]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_cluster_from_outside(server, experiment, tmp_path, monkeypatch):
     """A real head with a token: in order, then with shared storage that is gone, and with a wrong token."""
     from ray_head import ray_head

@@ -15,7 +15,7 @@ from ray_head import ray_head
 from copernicus.platform.cluster import ENDED, JobServer
 from copernicus.platform.shipping import Parcel, pack
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 VERSION = "0.0.0.shipped"
 WORKER = (
     "import ray; ray.init(log_to_driver=False, logging_level=50); "
