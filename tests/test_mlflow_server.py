@@ -20,8 +20,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "platform" / "clusters" / "mlflow_server.sh"
 NOBODY = 65534
-# As another user, who may yet read what root may, such as a Python in root's home.
-AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+# As another user, who may yet read what root may, such as a Python in root's home. Without the securebit, access(2) forgets
+# capabilities of those who are not root: MLflow's migrations "do not exist" then in an environment below a closed folder.
+AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--securebits=+no_setuid_fixup"]
 AS_NOBODY += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 
 

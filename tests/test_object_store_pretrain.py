@@ -120,10 +120,13 @@ def test_pretraining_goes_through_a_store_that_fails_for_a_while(s3, shards, tmp
         command("run", str(yaml), "pretrain.epochs=3", "pretrain.sensors=[s2_toa,s5p_o3,dem]"),
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    # From the indexing on, a fault every two seconds: fewer than the six tries of any one read last.
-    deadline = time.monotonic() + 400
-    for mode in itertools.cycle(("503", "500", "cut", "short")):
-        s3.proxy.fail(mode, times=1, path=r"\.tar")
+    # A fault every two seconds, none before the last one was met: while Ray starts nothing is read, and faults that had
+    # gathered would meet one read at all of its six tries.
+    deadline, modes, injected = time.monotonic() + 400, itertools.cycle(("503", "500", "cut", "short")), 0
+    while True:
+        if injected == sum(bool(r.fault) for r in s3.proxy.passed("GET")):
+            s3.proxy.fail(next(modes), times=1, path=r"\.tar")
+            injected += 1
         try:
             output, _ = job.communicate(timeout=2)
         except subprocess.TimeoutExpired:
