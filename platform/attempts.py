@@ -15,14 +15,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0
 """Before the second failure in a row is repeated, and at most; it doubles in between. A cause outside of the run (a node
 that is just booting, a storage that is away) is given time to pass."""
 
-VERDICT_S = 40.0
-"""How long a node may take to be known as dead: until then Ray puts workers on it again, and they fail again."""
+VERDICT_S = 120.0
+"""How long a node may take to be known as dead: until then Ray puts workers on it again, and they fail again. A node whose
+raylet was killed on a busy machine took 90 s."""
 
 TICK_S = 1.0
 
@@ -31,16 +32,18 @@ class TooManyFailures(RuntimeError):
     """The run was stopped; the message says after what."""
 
 
-class Attempts(ControllerCallback, ReportCallback, WorkerGroupCallback):
+class Attempts(ControllerCallback, WorkerGroupCallback):
     """For ``RunConfig(callbacks=[...])``, beside ``FailureConfig(max_failures=-1)``.
 
-    A new checkpoint is progress. A preemption is told and not counted. A run that ends through this raises
+    A step further than any before is progress; a checkpoint is not asked for, since Ray's controller hears of it up to two
+    seconds later, and never if the worker dies before. A preemption is told and not counted. A run that ends through this raises
     ``ray.train.ControllerError`` from ``fit()``, whose ``controller_failure`` is a `TooManyFailures`.
 
     Args:
         tell: takes one line for each failure and each wait; is called in the controller's process, must be picklable,
             and must not block.
-        max_failures: so many failures in a row without a new checkpoint are repeated; one more ends the run.
+        max_failures: so many failures in a row without a further step are repeated; one more ends the run.
+        reached: the furthest step of any attempt so far; asked at each failure.
         room_s: how long the workers' resources may be missing before the run is ended; None: for ever, where a cluster
             brings nodes by itself.
         explain: asked at each failure of workers for more about it (`hang_watch.HangReports`); None or text.
@@ -50,18 +53,16 @@ class Attempts(ControllerCallback, ReportCallback, WorkerGroupCallback):
         self,
         tell: Callable[[str], Any],
         max_failures: int,
+        reached: Callable[[], int],
         room_s: float | None = 600.0,
         explain: Callable[[], str | None] = lambda: None,
     ):
-        self.tell, self.max_failures, self.room_s, self.explain = tell, max_failures, room_s, explain
-        self.in_a_row = 0
+        self.tell, self.max_failures, self.reached = tell, max_failures, reached
+        self.room_s, self.explain = room_s, explain
+        self.in_a_row = self.furthest = 0
         self._workers: dict[int, tuple[str, str]] = {}  # rank -> (node's id, host and address)
         self._waiting_since: float | None = None
         self._told_waiting = False
-
-    def after_report(self, training_report: Any, metrics: Any) -> None:
-        if training_report.checkpoint is not None:
-            self.in_a_row = 0
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._waiting_since, self._told_waiting = None, False
@@ -112,13 +113,15 @@ class Attempts(ControllerCallback, ReportCallback, WorkerGroupCallback):
                 self._failed(error)
 
     def _failed(self, error: Any) -> None:
+        if (step := self.reached()) > self.furthest:
+            self.in_a_row, self.furthest = 0, step
         self.in_a_row += 1
         what = self._says(error)
         if (more := self.explain()) is not None:
             what = f"{what}\n{more}\n"
         if self.in_a_row > self.max_failures:
-            raise TooManyFailures(f"{self.in_a_row} failures in a row without a new checkpoint; the last one: {what}")
-        count = f"failure {self.in_a_row} without a new checkpoint, of at most {self.max_failures}"
+            raise TooManyFailures(f"{self.in_a_row} failures in a row without a further step; the last one: {what}")
+        count = f"failure {self.in_a_row} without a further step, of at most {self.max_failures}"
         self.tell(f"{what}; repeated from the last checkpoint ({count})")
         self._await_verdict(error)
         if self.in_a_row > 1:

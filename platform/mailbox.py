@@ -24,11 +24,13 @@ def new_mailbox() -> Any:
         def __init__(self) -> None:
             self.messages: list[Figures] = []
             self.first = 0  # number of the first of them
+            self.furthest = 0
             self.notes: list[str] = []
             self.stopped: str | None = None
 
         def put(self, step: int, metrics: dict[str, float]) -> None:
             self.messages.append((step, metrics))
+            self.furthest = max(self.furthest, step)
 
         def note(self, text: str) -> None:
             self.notes.append(text)
@@ -51,6 +53,9 @@ def new_mailbox() -> Any:
 
         def unrecorded(self) -> list[Figures]:
             return self.messages
+
+        def reached(self) -> int:
+            return self.furthest
 
     # On the driver's own node: any other may be lost, and with it what nobody has read yet.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -128,6 +133,13 @@ def unrecorded(mailbox: Any) -> list[Figures]:
     import ray
 
     return ray.get(mailbox.unrecorded.remote())
+
+
+def reached(mailbox: Any) -> int:
+    """The furthest step that any attempt has sent figures of."""
+    import ray
+
+    return ray.get(mailbox.reached.remote())
 
 
 def note(mailbox: Any, text: str) -> None:

@@ -26,7 +26,7 @@ from copernicus.platform.experiment import Pretrain
 from copernicus.platform.hang_watch import HangReports
 from copernicus.platform.indexing import open_index
 from copernicus.platform.language import open_language
-from copernicus.platform.mailbox import Listener, new_mailbox, note
+from copernicus.platform.mailbox import Listener, new_mailbox, note, reached
 from copernicus.platform.objective import CHECKPOINT_FILE, Plan
 from copernicus.platform.pretrain_worker import train_worker
 from copernicus.platform.session import autoscales
@@ -136,7 +136,10 @@ def pretrain(
     size: dict[str, Any] = {"num_workers": fewest}
     if fewest < most:
         size = {"num_workers": (fewest, most), "elastic_resize_monitor_interval_s": RESIZE_S}
-    attempts: Any = Attempts(tell, settings.max_failures, None if autoscales() else ROOM_S, HangReports(folder))
+    attempts: Any = Attempts(
+        tell, settings.max_failures, functools.partial(reached, mailbox), None if autoscales() else ROOM_S,
+        HangReports(folder),
+    )  # fmt: skip
     with (
         marked(folder) as token,
         Listener(mailbox, steps, on_metrics, on_progress, on_note),

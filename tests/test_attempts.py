@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,37 +57,37 @@ def group(hosts: list[str]) -> SimpleNamespace:
     return SimpleNamespace(get_workers=lambda: workers)
 
 
-def report(checkpoint: object = None) -> SimpleNamespace:
-    return SimpleNamespace(checkpoint=checkpoint)
+def nowhere() -> int:
+    """No step was ever reached."""
+    return 0
 
 
 def test_failures_with_progress_between_them_are_no_end(hurried):
     told: list[str] = []
-    watch = Attempts(told.append, max_failures=1)
+    steps = iter(range(1, 21))
+    watch = Attempts(told.append, 1, reached=lambda: next(steps))
     for _ in range(20):
         watch.after_controller_state_update(RunningState(), failed("boom"))
-        watch.after_report(report("a checkpoint"), [])
     assert len(told) == 20
 
 
 def test_failures_in_a_row_are(hurried):
     told: list[str] = []
-    watch = Attempts(told.append, max_failures=2)
+    steps = iter([7, 7, 7])  # where it was before, and no further
+    watch = Attempts(told.append, 2, reached=lambda: next(steps))
     watch.after_worker_group_start(group(["one", "two"]))
-    watch.after_report(report("a checkpoint"), [])
     for _ in range(2):
         watch.after_controller_state_update(RunningState(), failed("", "boom"))
-        watch.after_report(report(), [])  # figures alone are no progress
     assert len(told) == 2
     assert told[1].startswith("rank 1 on two (10.0.0.1) failed: ValueError: boom; repeated from the last checkpoint")
-    assert "failure 2 without a new checkpoint, of at most 2" in told[1]
-    with pytest.raises(TooManyFailures, match=r"3 failures in a row without a new checkpoint.*rank 1 on two.*boom"):
+    assert "failure 2 without a further step, of at most 2" in told[1]
+    with pytest.raises(TooManyFailures, match=r"3 failures in a row without a further step.*rank 1 on two.*boom"):
         watch.after_controller_state_update(RunningState(), failed("", "boom"))
 
 
 def test_who_is_to_blame(hurried):
     told: list[str] = []
-    watch = Attempts(told.append, max_failures=9)
+    watch = Attempts(told.append, 9, nowhere)
     collateral = "[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:25120"
     watch.after_controller_state_update(RunningState(), failed(collateral, "first line\nout of range", collateral))
     assert told[0].startswith("rank 1 failed (and 2 more): ValueError: out of range")
@@ -97,7 +96,7 @@ def test_who_is_to_blame(hurried):
 def test_what_is_known_of_a_hang_is_told(hurried):
     told: list[str] = []
     reports = iter([None, "no step for 30 min on 2 of 2 workers", "again"])
-    watch = Attempts(told.append, 2, explain=lambda: next(reports))
+    watch = Attempts(told.append, 2, nowhere, explain=lambda: next(reports))
     for _ in range(2):
         watch.after_controller_state_update(RunningState(), failed("boom"))
     assert "no step" not in told[0]
@@ -108,7 +107,7 @@ def test_what_is_known_of_a_hang_is_told(hurried):
 
 def test_preemptions_are_told_and_not_counted(hurried):
     told: list[str] = []
-    watch = Attempts(told.append, max_failures=0)
+    watch = Attempts(told.append, 0, nowhere)
     error = PreemptionError(PreemptionInfo(None, {"node": [1]}))
     for _ in range(5):
         watch.after_controller_state_update(RunningState(), RestartingState(error))
@@ -122,7 +121,7 @@ def test_the_rooms_patience(hurried, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     timeout = ReschedulingState(ControllerError(WorkerGroupStartupTimeoutError(2)))
     told: list[str] = []
-    watch = Attempts(told.append, max_failures=0, room_s=600)
+    watch = Attempts(told.append, 0, nowhere, room_s=600)
     now[0] += 1
     for _ in range(9):
         watch.after_controller_state_update(RunningState(), SchedulingState(None))
@@ -132,7 +131,7 @@ def test_the_rooms_patience(hurried, monkeypatch):
     now[0] += 100
     with pytest.raises(TooManyFailures, match=r"for 640 s .* too little room .* 0 of 2 CPUs free"):
         watch.after_controller_state_update(RunningState(), timeout)
-    state, watch = InitializingState(), Attempts(told.append, 0, room_s=600)
+    state, watch = InitializingState(), Attempts(told.append, 0, nowhere, room_s=600)
     watch.after_controller_state_update(state, state)
     watch.after_worker_group_start(group(["one"]))
     now[0] += 1000
@@ -140,7 +139,7 @@ def test_the_rooms_patience(hurried, monkeypatch):
     now[0] += 601
     with pytest.raises(TooManyFailures):
         watch.after_controller_state_update(state, state)
-    patient = Attempts(told.append, 0, room_s=None)
+    patient = Attempts(told.append, 0, nowhere, room_s=None)
     for _ in range(3):
         patient.after_controller_state_update(state, state)
         now[0] += 1e6
@@ -156,7 +155,7 @@ def test_a_node_that_may_be_dead_is_waited_for(hurried, monkeypatch):
 
     monkeypatch.setattr(ray, "nodes", nodes)
     told: list[str] = []
-    watch = Attempts(told.append, max_failures=3)
+    watch = Attempts(told.append, 3, nowhere)
     watch.after_worker_group_start(group(["one", "two"]))
     gone = WorkerHealthCheckFailedError("", failure=ActorUnavailableError("RpcError: connection reset", b"0" * 16))
     watch.after_controller_state_update(RunningState(), RestartingState(WorkerGroupError("", {1: gone})))
@@ -167,11 +166,11 @@ def test_a_node_that_may_be_dead_is_waited_for(hurried, monkeypatch):
 def test_an_end_that_is_not_ours_is_told(hurried):
     told: list[str] = []
     end = ShuttingDownState(ErroredState(ControllerError(RuntimeError("no such file"))))
-    Attempts(told.append, 3).after_controller_state_update(RunningState(), end)
+    Attempts(told.append, 3, nowhere).after_controller_state_update(RunningState(), end)
     assert told == ["the run ends: RuntimeError: no such file"]
     told.clear()
     end = ShuttingDownState(ErroredState(ControllerError(TooManyFailures("..."))))
-    Attempts(told.append, 3).after_controller_state_update(RunningState(), end)  # who stopped it says so
+    Attempts(told.append, 3, nowhere).after_controller_state_update(RunningState(), end)  # who stopped it says so
     assert told == []
 
 
@@ -191,7 +190,13 @@ def board() -> Iterator:
 
     class Board:
         def __init__(self):
-            self.lines, self.begun = [], 0
+            self.lines, self.begun, self.step = [], 0, 0
+
+        def go(self):
+            self.step += 1
+
+        def reached(self):
+            return self.step
 
         def tell(self, line):
             self.lines.append(line)
@@ -214,10 +219,8 @@ def loop(config: dict) -> None:
     """One worker; each attempt does what the plan has for it."""
     attempt = ray.get(config["board"].begin.remote())
     for act in config["plan"][attempt - 1].split():
-        if act == "save":
-            with tempfile.TemporaryDirectory() as folder:
-                ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-                time.sleep(5)  # Ray Train asks every two seconds: what a worker reports just before its death is lost
+        if act == "step":
+            ray.get(config["board"].go.remote())
         elif act == "raise":
             raise ValueError(f"in attempt {attempt}")
         elif act == "die":
@@ -234,7 +237,9 @@ def fit(board, folder: Path, plan: list[str], workers: int = 1, **more) -> tuple
             name="attempts",
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=-1),
-            callbacks=[Attempts(lambda line: board.tell.remote(line), **more)],
+            callbacks=[
+                Attempts(lambda line: board.tell.remote(line), reached=lambda: ray.get(board.reached.remote()), **more)
+            ],
         ),
     )
     try:
@@ -248,17 +253,17 @@ def fit(board, folder: Path, plan: list[str], workers: int = 1, **more) -> tuple
 
 @pytest.mark.slow
 def test_more_failures_than_allowed_in_a_row_in_all(board, tmp_path):
-    told, stopped = fit(board, tmp_path, ["save raise", "save die", "save raise", "save"], max_failures=1)
+    told, stopped = fit(board, tmp_path, ["step raise", "step die", "step raise", "step"], max_failures=1)
     assert stopped is None
     assert [line.split(" failed: ")[1].split(":")[0] for line in told] == [
         "ValueError", "its process ended", "ValueError",
     ]  # fmt: skip
-    assert all("(failure 1 without a new checkpoint, of at most 1)" in line for line in told)
+    assert all("(failure 1 without a further step, of at most 1)" in line for line in told)
 
 
 @pytest.mark.slow
 def test_a_run_that_cannot_work_is_stopped(board, tmp_path):
-    told, stopped = fit(board, tmp_path, ["save raise", "raise", "never"], max_failures=1)
+    told, stopped = fit(board, tmp_path, ["step raise", "raise", "never"], max_failures=1)
     assert len(told) == 1
     assert "ValueError: in attempt 1" in told[0]
     assert "2 failures in a row" in stopped
