@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from copernicus.datasets.sensors import InputError
+from copernicus.platform.cluster_files import LOOPBACK, installed_ray
 from copernicus.platform.secrets import scrub
 from copernicus.platform.shipping import EXPERIMENT, Parcel
 from copernicus.platform.tracking import mask
@@ -27,7 +28,6 @@ UPLOAD_TIMEOUT_S = 600.0
 STOP_GRACE_S = 30
 """How long a job that is stopped may take to end its MLflow run and close its files."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class JobServerLost(Exception):
@@ -93,7 +93,7 @@ class JobServer:
             raise InputError(
                 f"what answers at {self.address} is no Ray job server; give --address or --cluster"
             ) from None
-        ours = _ray_version()
+        ours = installed_ray()
         if theirs.split(".")[:2] != ours.split(".")[:2]:
             raise InputError(
                 f"the cluster at {self.address} runs Ray {theirs}, this copernicus works with Ray {ours}; install the same "
@@ -201,6 +201,12 @@ class JobServer:
         self._json(answer, f"the job {name}")
 
 
+def token_place() -> Path:
+    """The file in which Ray looks for the cluster's token."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(named) if named else Path.home() / ".ray" / "auth_token"
+
+
 def find_token() -> tuple[str | None, str]:
     """The cluster's token from where Ray looks for it, and the name of that place; or None, and what to do.
 
@@ -210,8 +216,7 @@ def find_token() -> tuple[str | None, str]:
     source = "RAY_AUTH_TOKEN"
     token = os.environ.get(source, "").strip()
     if not token:
-        named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-        path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+        path = token_place()
         source = str(path)
         try:
             token = path.read_text().strip()
@@ -311,12 +316,6 @@ def _keep_alive(connection: Any) -> None:
     for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, option):  # macOS names the first differently, and has two hours for it
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def _ray_version() -> str:
-    from importlib.metadata import version
-
-    return version("ray")
 
 
 def _last_line(text: str) -> str:

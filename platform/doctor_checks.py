@@ -17,7 +17,6 @@ WARN_SKEW_S, FAIL_SKEW_S = 1.0, 30.0
 WARN_FILES, FAIL_FILES = 8192, 1024
 """Open files: what Ray recommends, and what a worker with its data's shards open goes beyond."""
 MOST_NAMED = 3
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Facts = Mapping[str, Any]
 """What `doctor_nodes.node_facts` says of a node, and its ``resources``, as Ray counts them."""

@@ -23,6 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from copernicus.platform.cluster import token_place
+
 PACKAGES = ("ray", "torch", "mlflow", "numpy", "pyarrow")
 GPU_TIMEOUT_S = 60.0
 HTTP_TIMEOUT_S = 5.0
@@ -183,12 +185,6 @@ def gpus(question: str = GPU_QUESTION, seconds: float = GPU_TIMEOUT_S) -> dict[s
 def _shows_gpu() -> bool:
     # NVIDIA's, AMD's and (under Windows) WSL's devices.
     return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
-
-
-def token_place() -> Path:
-    """The file in which Ray looks for the cluster's token."""
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(named) if named else Path.home() / ".ray" / "auth_token"
 
 
 def token_file(path: Path | None = None) -> dict[str, Any] | None:

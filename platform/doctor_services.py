@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 from copernicus.datasets.sensors import InputError
 from copernicus.platform import doctor_checks as checks
-from copernicus.platform.doctor_checks import FAIL, LOOPBACK, OK, UNKNOWN, WARN, Finding, over_nodes
+from copernicus.platform.cluster_files import LOOPBACK
+from copernicus.platform.doctor_checks import FAIL, OK, UNKNOWN, WARN, Finding, over_nodes
 from copernicus.platform.doctor_nodes import disk, existing, unauthenticated
 from copernicus.platform.tracking import mask
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 import yaml
 
 from copernicus.datasets.sensors import InputError
+from copernicus.platform.cluster_files import PLACEHOLDER, strings
 
 DASHBOARD_PORT = 8265
 MLFLOW_PORT = 5000
@@ -37,7 +38,7 @@ def head_of(cluster: Path) -> Head:
     """The head that a `ray up` file names, or that its cloud knows by the cluster's name.
 
     Raises:
-        InputError: the file is no cluster's, or no head runs.
+        InputError: the file is no cluster's, has placeholders left, or no head runs.
     """
     try:
         config = yaml.safe_load(cluster.read_text(encoding="utf-8"))
@@ -45,6 +46,8 @@ def head_of(cluster: Path) -> Head:
         raise InputError(f"{cluster}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{cluster}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if unfilled := next((m[0] for _, value in strings(config) if (m := PLACEHOLDER.search(value))), None):
+        raise InputError(f"{cluster}: {unfilled} is not filled in; `copernicus check {cluster}` lists what is left")
     provider, auth = (config.get(k) if isinstance(config, dict) else None for k in ("provider", "auth"))
     if not isinstance(provider, dict) or not isinstance(auth, dict) or not auth.get("ssh_user"):
         raise InputError(
