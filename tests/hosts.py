@@ -115,7 +115,9 @@ class Host:
             )  # fmt: skip
         pid = self._process.pid
         self._until(lambda: _namespace("net", pid) not in (None, _namespace("net", os.getpid())))
-        _ip("link", "delete", self.cable, check=False)  # of one who was killed just now: the number of the bridge is ours
+        _ip(
+            "link", "delete", self.cable, check=False
+        )  # of one who was killed just now: the number of the bridge is ours
         _ip("link", "add", self.cable, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
         _ip("link", "set", self.cable, "master", self.network.bridge, "up")
         self._until(self._answers)

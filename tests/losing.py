@@ -1,7 +1,7 @@
 """Trouble for a cluster in the middle of a pretraining, and what is left of the experiment afterwards.
 
-`TROUBLES` are real: killed processes, cables that are out, full disks. `suffer` runs an experiment through one of them and
-counts; tests/test_losses.py asserts what tests/benchmarks/losses.py prints.
+`TROUBLES` are real: killed processes, cables that are out, full disks. `suffer` runs an experiment through some of them, one
+after the other, and counts; tests/test_losses.py asserts what tests/benchmarks/losses.py prints.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,28 +89,23 @@ def straggler(cluster: LaunchedCluster) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Trouble:
-    """``lasts_s``: how long it is left so. ``submitted_again``: the job may fail, and the experiment goes on as a second one.
-    ``overrides``: of the experiment. That it was felt: ``says``, what the log must tell; ``stalls_s``, how long training
-    must at least have stood still; ``ends_job``, whether the first job must have failed."""
+    """``lasts_s``: how long it is left so. ``submitted_again``: the job may fail, and the experiment goes on as another one.
+    That it was felt: ``says``, what the log must tell meanwhile; ``stalls_s``, how long training must at least have stood
+    still; ``ends_job``, whether the job must have failed."""
 
     what: str
     happens: Callable[[LaunchedCluster], AbstractContextManager[None]]
     lasts_s: float = 0.0
     submitted_again: bool = False
-    overrides: tuple[str, ...] = ()
     says: str = ""
     stalls_s: float = 0.0
     ends_job: bool = False
 
 
-ELASTIC = "pretrain.workers=[1,2]"
 TROUBLES = {
-    "worker": Trouble("a training process killed", worker_killed, says="failed"),
+    "worker": Trouble("a training process killed", worker_killed, says="its process ended"),
     "raylet": Trouble("a node's raylet killed; the cluster starts it again", raylet_killed, says="failed"),
     "host": Trouble("a host switched off, on again after 20 s", host_off_and_on, 20, says="failed"),
-    "elastic": Trouble(
-        "a host off for 90 s; the run goes on with one worker", host_off_and_on, 90, overrides=(ELASTIC,), says="failed"
-    ),
     "cut": Trouble("a host off the network for 60 s", host_cut_off, 60, stalls_s=30),
     "driver": Trouble("the job's driver killed, submitted again", driver_killed, submitted_again=True, ends_job=True),
     "mlflow": Trouble("the MLflow server silent for 120 s", server_silent, 120, says="does not answer"),
@@ -118,25 +113,36 @@ TROUBLES = {
         "the training nodes' disks full for 30 s", disks_full, 30, submitted_again=True, says="No space left on device"
     ),
     "straggler": Trouble(
-        "a training process at a quarter of its speed for 150 s", straggler, 150, says="times as long as the others"
+        "a training process at a quarter of its speed for 100 s", straggler, 100, says="times as long as the others"
     ),
 }
+OFF_FOR_LONG = {
+    "elastic": Trouble("a host off for 90 s; training goes on with one worker", host_off_and_on, 90, says="failed")
+}
+ELASTIC = "pretrain.workers=[1,2]"
+"""With which a run bears `OFF_FOR_LONG`."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """``recovered_s``: from the begin of the trouble to the first step of training after it, repeated or new, as recorded
-    (every two seconds). ``repeated``: steps computed a second time. Lost: samples trained less often, or more, than asked;
-    steps whose loss is missing or there twice. Differences: the largest of a weight, and of a step's loss, to those of a
-    run that was left alone."""
+class Row:
+    """What a trouble cost. ``recovered_s``: from its begin to the first step after it, repeated or new, as recorded (every
+    two seconds). ``repeated``: steps computed a second time. ``jobs``: submitted by then."""
 
     what: str
     recovered_s: float
     repeated: int
+    jobs: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all troubles of a run came to. Lost: samples trained less often, or more, than asked; steps whose loss is missing
+    or there twice. Differences: the largest of a weight, and of a step's loss, to those of a run that was left alone."""
+
+    rows: list[Row]
     samples_lost: int
     metrics_lost: int
     left_running: int
-    submitted: int
     weights_differ: float
     losses_differ: float
 
@@ -190,12 +196,9 @@ class Experiment:
         (state,) = self.cluster.shared.glob(f"runs/{self.name}-*/state.json")
         return torch.load(json.loads(state.read_text())["checkpoint"], map_location="cpu", weights_only=True)
 
-    def await_checkpoints(self, count: int, process: subprocess.Popen, seconds: float = 240) -> None:
-        end = time.monotonic() + seconds
-        while len(list(self.cluster.shared.glob(f"runs/{self.name}-*/pretrain/checkpoint_2*"))) < count:
-            assert process.poll() is None, self.log.read_text()
-            assert time.monotonic() < end, f"no {count} checkpoints in {seconds} s:\n{self.log.read_text()}"
-            time.sleep(0.2)
+    def saved(self) -> int:
+        """How many checkpoints there are."""
+        return len(list(self.cluster.shared.glob(f"runs/{self.name}-*/pretrain/checkpoint_2*")))
 
     def trainers(self) -> set[int]:
         return {p.pid for host in self.cluster.network.hosts if host.on for p in host.processes(TRAINER)}
@@ -211,51 +214,83 @@ def undisturbed(cluster: LaunchedCluster, shards: Path, epochs: int) -> Experime
     return whole
 
 
-def suffer(cluster: LaunchedCluster, whole: Experiment, key: str) -> Outcome:
-    """Submit an experiment like ``whole``, let the trouble happen in its middle, and submit it again if it failed.
+@dataclass
+class _Suffered:
+    trouble: Trouble
+    began: float
+    before: set[int]
+    seen: set[int]
+    log_at: int
+    jobs: int = 0
+
+
+class _Suffering:
+    """A run on its way through troubles."""
+
+    def __init__(self, run: Experiment):
+        self.run = run
+        self.process = run.submit()
+        self.met: list[_Suffered] = []
+
+    def wait(self, until: Callable[[], bool], seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not (done := until()) and time.monotonic() < end:
+            if self.met:
+                self.met[-1].seen |= self.run.trainers()
+            time.sleep(0.3)
+        return done
+
+    def trains(self) -> None:
+        """Wait for two more checkpoints, whatever a run needs for it that may be submitted again, or for its end.
+
+        Raises:
+            AssertionError: there are none in ten minutes, or it failed.
+        """
+        enough = self.run.saved() + 2
+        while True:
+            came = self.wait(lambda: self.process.poll() is not None or self.run.saved() >= enough, 600)
+            assert came, f"{self.what()}: no checkpoints in 600 s:\n{self.run.log.read_text()}"
+            if self.process.poll() in (None, 0):
+                return
+            again = bool(self.met) and self.met[-1].trouble.submitted_again
+            assert again and self.run.submitted < 5, f"{self.what()}:\n{self.run.log.read_text()}"
+            self.process = self.run.submit()
+
+    def meets(self, trouble: Trouble) -> None:
+        text = self.run.log.read_text()
+        assert self.process.poll() is None, f"it ended before {trouble.what}; more epochs are needed:\n{text}"
+        before = self.run.trainers()
+        self.met.append(_Suffered(trouble, time.time(), before, set(before), len(text)))
+        with trouble.happens(self.run.cluster):
+            self.wait(lambda: False, trouble.lasts_s)
+        self.trains()
+        said = self.run.log.read_text()[len(text) :]
+        assert trouble.says in said, f"{trouble.what}: the log does not say {trouble.says!r}:\n{said}"
+        self.met[-1].jobs = self.run.submitted
+
+    def what(self) -> str:
+        return self.met[-1].trouble.what if self.met else "undisturbed"
+
+
+def suffer(cluster: LaunchedCluster, whole: Experiment, troubles: Mapping[str, Trouble], *overrides: str) -> Outcome:
+    """Submit an experiment like ``whole``, and let one trouble after the other happen to it.
 
     Raises:
-        AssertionError: it ended before the trouble, or not at all.
+        AssertionError: a trouble was not felt, the run failed, or it ended before the last of them.
     """
-    trouble = TROUBLES[key]
-    run = Experiment(cluster, whole.shards, f"lost_{key}", whole.epochs, *trouble.overrides)
-    process = run.submit()
-    run.await_checkpoints(2, process)
-    time.sleep(1)
-    assert process.poll() is None, f"too short:\n{run.log.read_text()}"
-    before, began = run.trainers(), time.time()
-    seen: set[int] = set()
-
-    def wait(until: Callable[[], bool], seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not until() and time.monotonic() < end:
-            seen.update(run.trainers())
-            time.sleep(0.3)
-
-    with trouble.happens(cluster):
-        left = time.monotonic() + trouble.lasts_s
-        wait(lambda: time.monotonic() >= left, trouble.lasts_s)
-    while True:
-        wait(lambda: process.poll() is not None, 600)  # noqa: B023 (called at once)
-        if process.poll() is None:
-            process.kill()
-            raise AssertionError(f"{trouble.what}: no end in 600 s:\n{run.log.read_text()}")
-        if process.returncode == 0 or run.submitted == 1 + trouble.submitted_again:
-            break
-        process = run.submit()
-    log = run.log.read_text()
-    assert process.returncode == 0, f"{trouble.what}:\n{log}"
-    seen_outcome = outcome(run, whole, trouble, began, restarted=bool(seen - before))
-    assert trouble.says in log, f"not told of: {trouble.says}\n{log}"
-    assert seen_outcome.recovered_s >= trouble.stalls_s, f"not felt: training went on\n{log}"
-    assert run.submitted == 2 or not trouble.ends_job, f"not felt: the job did not fail\n{log}"
-    return seen_outcome
+    run = Experiment(cluster, whole.shards, f"lost_{'_'.join(troubles)}", whole.epochs, *overrides)
+    suffering = _Suffering(run)
+    suffering.trains()
+    for trouble in troubles.values():
+        suffering.meets(trouble)
+    assert suffering.wait(lambda: suffering.process.poll() is not None, 900), run.log.read_text()
+    assert suffering.process.returncode == 0, run.log.read_text()
+    return outcome(run, whole, suffering.met)
 
 
-def outcome(run: Experiment, whole: Experiment, trouble: Trouble, began: float, restarted: bool) -> Outcome:
+def outcome(run: Experiment, whole: Experiment, met: list[_Suffered]) -> Outcome:
     final, expected = run.final(), whole.final()
-    tracked = run.tracked()
-    losses = tracked.history["train/loss"]
+    losses = run.tracked().history["train/loss"]
     steps = [step for step, _, _ in losses]
     wanted = range(1, run.epochs * DRAWS * GRIDS // BATCH + 1)
     metrics_lost = len(set(wanted) - set(steps)) + len(steps) - len(set(steps))
@@ -266,20 +301,32 @@ def outcome(run: Experiment, whole: Experiment, trouble: Trouble, began: float, 
         count, hashes = final["coverage"].get(epoch, (0, 0))
         samples_lost += abs(count - once[0]) or (once[0] if hashes != once[1] else 0)
 
-    # Figures are recorded every two seconds while training runs: the longest silence after the trouble is the recovery.
-    times = sorted({at / 1000 for _, _, at in losses})
-    gaps = [(b - a, b) for a, b in itertools.pairwise(times) if b > began]
-    again = max(gaps)[1] if gaps else float("nan")
-    repeated = 0
-    if restarted:
-        last = max((step for step, _, at in losses if at / 1000 <= again), default=0)
-        from_step = max((step for step, at in run.checkpoints().items() if at <= again), default=0)
-        repeated = max(0, last - from_step)
+    saved = run.checkpoints()
+    rows, jobs = [], 1
+    for this, following in itertools.zip_longest(met, met[1:]):
+        until = following.began if following else float("inf")
+        row = cost(this, until, [(step, at / 1000) for step, _, at in losses], saved)
+        assert row.recovered_s >= this.trouble.stalls_s, f"not felt, training went on: {row}"
+        assert row.jobs > jobs or not this.trouble.ends_job, f"not felt, the job did not fail: {row}"
+        rows.append(row)
+        jobs = row.jobs
     weights = zip(expected["model"].values(), final["model"].values(), strict=True)
     weights_differ = max((a.double() - b.double()).abs().max().item() for a, b in weights if a.numel())
     undisturbed_losses = {step: value for step, value, _ in whole.tracked().history["train/loss"]}
     losses_differ = max(abs(value - undisturbed_losses.get(step, float("nan"))) for step, value, _ in losses)
-    return Outcome(
-        trouble.what, again - began, repeated, samples_lost, metrics_lost,
-        sum(r.status == "RUNNING" for r in run.cluster.runs()), run.submitted, weights_differ, losses_differ,
-    )  # fmt: skip
+    left_running = sum(r.status == "RUNNING" for r in run.cluster.runs())
+    return Outcome(rows, samples_lost, metrics_lost, left_running, weights_differ, losses_differ)
+
+
+def cost(met: _Suffered, until: float, recorded: list[tuple[int, float]], saved: dict[int, float]) -> Row:
+    """Of one trouble: from (step, seconds) of what was recorded and the steps of the checkpoints, with their times."""
+    # Figures are recorded every two seconds while training runs: the longest silence after the trouble is the recovery.
+    times = sorted({at for _, at in recorded if at < until})
+    gaps = [(b - a, b) for a, b in itertools.pairwise(times) if b > met.began]
+    again = max(gaps)[1] if gaps else float("nan")
+    repeated = 0
+    if met.seen - met.before:  # other processes: they began at a checkpoint
+        last = max((step for step, at in recorded if at < again), default=0)
+        from_step = max((step for step, at in saved.items() if at < again), default=0)
+        repeated = max(0, last - from_step)
+    return Row(met.trouble.what, again - met.began, repeated, met.jobs)

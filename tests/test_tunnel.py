@@ -228,7 +228,10 @@ def test_a_refused_key_is_one_message(cluster, page, tmp_path):
         ("just a text", "is no file for `ray up`"),
         ("provider: {type: local, head_ip: h}\nauth: {}", "auth.ssh_user"),
         ("provider: {type: local, head_ip: h}\nauth: {ssh_user: u, ssh_private_key: /no/key}", "no such file: /no/key"),
-        ("provider: {type: aws, region: <REGION>}\nauth: {ssh_user: u}", "<REGION> is not filled in; `copernicus check"),
+        (
+            "provider: {type: aws, region: <REGION>}\nauth: {ssh_user: u}",
+            "<REGION> is not filled in; `copernicus check",
+        ),
     ],
 )
 def test_a_file_that_is_no_cluster_s_is_refused(tmp_path, text, expected):

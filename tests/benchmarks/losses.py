@@ -1,6 +1,6 @@
 """What losing machines costs: a pretraining on isolated hosts of this machine goes through one trouble after another.
 
-python tests/benchmarks/losses.py                    all of them, some 20 minutes on two cores; needs root (see tests/hosts.py)
+python tests/benchmarks/losses.py                    all of them, half an hour on two cores; needs root (see tests/hosts.py)
 python tests/benchmarks/losses.py worker driver      some
 """
 
@@ -17,41 +17,45 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hosts import why_not
 from launched import launched_cluster
-from losing import TROUBLES, suffer, undisturbed, write_data
+from losing import ELASTIC, OFF_FOR_LONG, TROUBLES, suffer, undisturbed, write_data
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("troubles", nargs="*", help=", ".join(TROUBLES))
-    parser.add_argument(
-        "--epochs", type=int, default=60, help="length of the pretraining; a trouble comes in its middle"
-    )
+    known = TROUBLES | OFF_FOR_LONG
+    parser.add_argument("troubles", nargs="*", help=", ".join(known))
+    parser.add_argument("--epochs", type=int, default=90, help="of six steps; it must last through all troubles")
     arguments = parser.parse_args()
-    chosen = arguments.troubles or list(TROUBLES)
-    if unknown := set(chosen) - set(TROUBLES):
-        parser.error(f"no trouble {', '.join(unknown)}; there are {', '.join(TROUBLES)}")
+    chosen = arguments.troubles or list(known)
+    if unknown := set(chosen) - set(known):
+        parser.error(f"no trouble {', '.join(unknown)}; there are {', '.join(known)}")
     if reason := why_not():
         parser.error(reason)
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(title="A pretraining with a worker on each of two hosts")
-    for column in ("what happened", "to the next step, s", "submitted", "steps repeated", "samples lost", "metrics lost",
-                   "runs left RUNNING", "weights differ by"):  # fmt: skip
+    for column in ("what happened", "to the next step, s", "steps repeated", "jobs submitted"):
         table.add_column(column, justify="left" if column == "what happened" else "right")
+    said = []
     with tempfile.TemporaryDirectory() as folder, launched_cluster(Path(folder)) as cluster:
         whole = undisturbed(cluster, write_data(cluster.shared / "shards"), arguments.epochs)
-        for key in chosen:
-            try:
-                seen = suffer(cluster, whole, key)
-            except AssertionError as error:
-                console.print(f"[red]{key}[/] did not end well: {error}", markup=True, highlight=False)
-                table.add_row(TROUBLES[key].what, *["failed"] * 7)
+        for name, troubles, overrides in (("two workers", TROUBLES, ()), ("one or two", OFF_FOR_LONG, (ELASTIC,))):
+            if not (wanted := {key: trouble for key, trouble in troubles.items() if key in chosen}):
                 continue
-            table.add_row(
-                seen.what, f"{seen.recovered_s:.0f}", str(seen.submitted), str(seen.repeated), str(seen.samples_lost),
-                str(seen.metrics_lost), str(seen.left_running), f"{seen.weights_differ:g}",
-            )  # fmt: skip
+            try:
+                seen = suffer(cluster, whole, wanted, *overrides)
+            except AssertionError as error:
+                said.append(f"{name}: did not end well: {error}")
+                continue
+            for row in seen.rows:
+                table.add_row(row.what, f"{row.recovered_s:.0f}", str(row.repeated), str(row.jobs))
+            said.append(
+                f"{name}, after all of it: samples lost {seen.samples_lost}, metrics lost {seen.metrics_lost}, runs left "
+                f"RUNNING {seen.left_running}; weights differ by {seen.weights_differ:g} from those of a run left alone"
+            )
             cluster.await_nodes(2)
     console.print(table)
+    for line in said:
+        console.print(line, highlight=False, markup=False)
 
 
 if __name__ == "__main__":
