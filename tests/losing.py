@@ -252,8 +252,9 @@ class _Suffering:
             assert came, f"{self.what()}: no checkpoints in 600 s:\n{self.run.log.read_text()}"
             if self.process.poll() in (None, 0):
                 return
-            again = bool(self.met) and self.met[-1].trouble.submitted_again
-            assert again and self.run.submitted < 5, f"{self.what()}:\n{self.run.log.read_text()}"
+            may_fail = bool(self.met) and self.met[-1].trouble.submitted_again
+            assert may_fail, f"{self.what()}:\n{self.run.log.read_text()}"
+            assert self.run.submitted < 5, f"{self.what()}:\n{self.run.log.read_text()}"
             self.process = self.run.submit()
 
     def meets(self, trouble: Trouble) -> None:
