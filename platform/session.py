@@ -8,10 +8,12 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 LOUD_LOGGERS = ("ray", "ray.train", "ray.tune", "ray.data", "ray._private")
+LONGEST = 240
+"""Characters of a message of Ray's."""
 
 
 def autoscales() -> bool:
@@ -83,11 +85,33 @@ def keeping_sigterm() -> Iterator[None]:
 
 
 def silence() -> None:
-    """Ray's own chatter off; errors stay."""
+    """Ray's own chatter off; errors stay, in a line each."""
     import optuna
     import ray.data  # first: it sets its loggers up on import
+    from ray._private import worker
+
+    worker.print_to_stdstream = brief(worker.print_to_stdstream)
 
     for name in LOUD_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def brief(show: Callable[..., None]) -> Callable[..., None]:
+    """Ray's way to print what its nodes tell of themselves, for a terminal: the beginning of each message (with the death of
+    a node come twenty lines of its log), and the same one once."""
+    told: set[str] = set()
+
+    def shown(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
+        lines = []
+        for message in data["lines"]:
+            first = message.strip().split(" Last 20 lines of", 1)[0].split("\n", 1)[0]
+            line = first if len(first) <= LONGEST else f"{first[:LONGEST].rsplit(' ', 1)[0]} ..."
+            if line not in told:
+                told.add(line)
+                lines.append(line)
+        if lines:
+            show(data | {"lines": lines}, *arguments, **options)
+
+    return shown
