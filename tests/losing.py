@@ -241,12 +241,13 @@ class _Suffering:
         return done
 
     def trains(self) -> None:
-        """Wait for two more checkpoints, whatever a run needs for it that may be submitted again, or for its end.
+        """Wait for four more checkpoints, so that it is further than it was before the last trouble, whatever a run needs
+        for it that may be submitted again; or for its end.
 
         Raises:
             AssertionError: there are none in ten minutes, or it failed.
         """
-        enough = self.run.saved() + 2
+        enough = self.run.saved() + 4
         while True:
             came = self.wait(lambda: self.process.poll() is not None or self.run.saved() >= enough, 600)
             assert came, f"{self.what()}: no checkpoints in 600 s:\n{self.run.log.read_text()}"
