@@ -180,12 +180,16 @@ def cause(error: BaseException) -> str:
             return f"its process ended: {_first_sentence(match[1])}"
         if "node" in text and "died" in text:
             return "its node died"
+    if match := _BROKEN.search(text):
+        return f"its connection to {match[1]} broke: that worker, its node or the network is gone"
     lines = text.splitlines() or [""]
     # What Ray raises says the most important first; Python's own errors end with it.
     line = lines[0] if type(inner).__module__.startswith("ray.") else lines[-1]
     return f"{type(inner).__name__}: {line.strip()}"
 
 
+_BROKEN = re.compile(r"gloo/.* peer \[([\da-fA-F.:]+)\]")
+"""What gloo says when another rank is gone, with that one's address."""
 _COLLATERAL = re.compile(
     r"connection (closed|reset)|broken pipe|timed out waiting|gloo|nccl|store.*(closed|timeout)", re.I
 )

@@ -177,6 +177,8 @@ def test_an_end_that_is_not_ours_is_told(hurried):
 def test_causes():
     assert cause(ValueError("a\nb")) == "ValueError: b"
     assert cause(ValueError()) == "ValueError: "
+    gloo = "[/w/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:25120. This is typically caused by"
+    assert cause(RuntimeError(gloo)) == "its connection to 10.0.0.2 broke: that worker, its node or the network is gone"
 
 
 # From here on real runs.

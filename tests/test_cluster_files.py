@@ -285,7 +285,7 @@ def test_on_aws_ray_starts_closed_nodes_with_roles_from_the_stack(tmp_path, monk
         image = ec2.describe_images()["Images"][0]["ImageId"]
         boto3.client("ssm").put_parameter(Name="/test/image", Type="String", Value=image)
         subnet = ec2.describe_subnets()["Subnets"][0]
-        given = {"SshCidr": "203.0.113.7/32", "Vpc": subnet["VpcId"], "Subnet": subnet["SubnetId"]}
+        given = {"SshCidr": "203.0.113.7/32", "Vpc": subnet["VpcId"], "Subnet": subnet["SubnetId"], "DataBucket": "shards"}
         template = re.sub(r"/aws/service/\S+", "/test/image", (CLUSTERS / "aws_stack.template").read_text())
         formation.create_stack(
             StackName="copernicus", TemplateBody=template, Capabilities=["CAPABILITY_NAMED_IAM"],
@@ -294,6 +294,10 @@ def test_on_aws_ray_starts_closed_nodes_with_roles_from_the_stack(tmp_path, monk
         (stack,) = formation.describe_stacks(StackName="copernicus")["Stacks"]
         values = {o["OutputKey"]: o["OutputValue"] for o in stack["Outputs"]}
         (group,) = ec2.describe_security_groups(GroupIds=[values["SecurityGroup"]])["SecurityGroups"]
+        iam = boto3.client("iam")
+        (policy,) = iam.list_policies(Scope="Local")["Policies"]
+        document = iam.get_policy_version(PolicyArn=policy["Arn"], VersionId=policy["DefaultVersionId"])["PolicyVersion"]
+        readable = [r for s in document["Document"]["Statement"] for r in s["Resource"] if "shards" in r]
         groups_before = {g["GroupId"] for g in ec2.describe_security_groups()["SecurityGroups"]}
         fills = [(f"<{re.sub('(?<=[a-z])(?=[A-Z])', '_', k).upper()}>", v) for k, v in values.items()]
         filled = written(tmp_path, AWS, *fills)
@@ -324,6 +328,7 @@ def test_on_aws_ray_starts_closed_nodes_with_roles_from_the_stack(tmp_path, monk
     assert [p["FromPort"] for p in group["IpPermissions"] if p.get("IpRanges")] == [22]
     assert [g["GroupId"] for p in group["IpPermissions"] for g in p.get("UserIdGroupPairs", [])] == [group["GroupId"]]
     assert groups_after == groups_before, "Ray made no group of its own, which would be open to the world"
+    assert sorted(readable) == ["arn:aws:s3:::shards", "arn:aws:s3:::shards/*"]
     assert instances.keys() == {"head", "gpu_on_demand", "gpu_spot"}
     for name, instance in instances.items():
         assert [g["GroupId"] for g in instance["SecurityGroups"]] == [group["GroupId"]]
@@ -341,6 +346,7 @@ def test_the_stack_s_policies_let_workers_do_no_more_than_read_and_write_data():
         pass
 
     Loader.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
+    Loader.add_constructor("!If", lambda loader, node: loader.construct_sequence(node, deep=True)[1])
     resources = yaml.load((CLUSTERS / "aws_stack.template").read_text(), Loader)["Resources"]
     assert resources["WorkerRole"]["Properties"].keys() == {"RoleName", "AssumeRolePolicyDocument", "ManagedPolicyArns"}
     actions = {a for s in resources["Data"]["Properties"]["PolicyDocument"]["Statement"] for a in s["Action"]}
