@@ -51,7 +51,10 @@ def train_worker(config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     problems = gather(sees(folder, config["token"]), world_size)
     if problem := next(filter(None, problems), None):
-        stop_run(mailbox, rank, f"output: {problem}; on several nodes it must be a folder that all of them share")
+        problem = f"output: {problem}; on several nodes it must be a folder that all of them share"
+        if ray.train.get_checkpoint() is not None:
+            raise OSError(problem)  # it was shared before: this may pass, so that another attempt is worth it
+        stop_run(mailbox, rank, problem)
         return
     attempt = gather(time.strftime("%Y%m%dT%H%M%S"), world_size)[0]  # one name for all
     with PreemptionNotice() as notice:

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import ray.train
 
-from copernicus.platform import shared_storage
+from copernicus.platform import pretrain_worker, shared_storage
 from copernicus.platform.shared_storage import marked, not_shared, sees
 
 
@@ -69,6 +71,23 @@ def in_namespace(mounts: str, command: list[str]) -> subprocess.CompletedProcess
     if done.returncode == 97 or "unshare" in done.stderr:
         pytest.skip(f"mount namespaces are not allowed here: {done.stderr.strip()}")
     return done
+
+
+def test_storage_that_is_away_ends_no_run_that_has_a_checkpoint(tmp_path, monkeypatch):
+    """It may come back; a folder that was never shared will not."""
+    rank = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(ray.train, "get_context", lambda: rank)
+    stopped: list[str] = []
+    monkeypatch.setattr(pretrain_worker, "stop_run", lambda mailbox, rank, reason: stopped.append(reason))
+    plan = SimpleNamespace(settings=None)
+    config = {"plan": plan, "folder": tmp_path / "away", "mailbox": None, "token": "none"}
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+    pretrain_worker.train_worker(config)
+    assert "does not exist there; on several nodes" in stopped.pop()
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: "a checkpoint")
+    with pytest.raises(OSError, match="does not exist there"):
+        pretrain_worker.train_worker(config)
+    assert stopped == []
 
 
 @pytest.mark.chaos
