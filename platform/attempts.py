@@ -185,6 +185,8 @@ def cause(error: BaseException) -> str:
     lines = text.splitlines() or [""]
     # What Ray raises says the most important first; Python's own errors end with it.
     line = lines[0] if type(inner).__module__.startswith("ray.") else lines[-1]
+    if line.endswith(":") and line is not lines[-1]:  # of a start that failed: "... due to error:", and a traceback
+        line = f"{line} {lines[-1].strip()}"
     return f"{type(inner).__name__}: {line.strip()}"
 
 

@@ -14,7 +14,11 @@ import pytest
 import ray
 import ray.train
 from ray.exceptions import ActorUnavailableError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.controller.state import (
     ErroredState,
     InitializingState,
@@ -177,6 +181,8 @@ def test_an_end_that_is_not_ours_is_told(hurried):
 def test_causes():
     assert cause(ValueError("a\nb")) == "ValueError: b"
     assert cause(ValueError()) == "ValueError: "
+    start = WorkerGroupStartupFailedError("One worker failed to initialize due to error:\nTraceback\nOSError: full")
+    assert cause(start) == "WorkerGroupStartupFailedError: One worker failed to initialize due to error: OSError: full"
     gloo = "[/w/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:25120. This is typically caused by"
     assert cause(RuntimeError(gloo)) == "its connection to 10.0.0.2 broke: that worker, its node or the network is gone"
 

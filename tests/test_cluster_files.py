@@ -285,7 +285,12 @@ def test_on_aws_ray_starts_closed_nodes_with_roles_from_the_stack(tmp_path, monk
         image = ec2.describe_images()["Images"][0]["ImageId"]
         boto3.client("ssm").put_parameter(Name="/test/image", Type="String", Value=image)
         subnet = ec2.describe_subnets()["Subnets"][0]
-        given = {"SshCidr": "203.0.113.7/32", "Vpc": subnet["VpcId"], "Subnet": subnet["SubnetId"], "DataBucket": "shards"}
+        given = {
+            "SshCidr": "203.0.113.7/32",
+            "Vpc": subnet["VpcId"],
+            "Subnet": subnet["SubnetId"],
+            "DataBucket": "shards",
+        }
         template = re.sub(r"/aws/service/\S+", "/test/image", (CLUSTERS / "aws_stack.template").read_text())
         formation.create_stack(
             StackName="copernicus", TemplateBody=template, Capabilities=["CAPABILITY_NAMED_IAM"],
@@ -296,7 +301,9 @@ def test_on_aws_ray_starts_closed_nodes_with_roles_from_the_stack(tmp_path, monk
         (group,) = ec2.describe_security_groups(GroupIds=[values["SecurityGroup"]])["SecurityGroups"]
         iam = boto3.client("iam")
         (policy,) = iam.list_policies(Scope="Local")["Policies"]
-        document = iam.get_policy_version(PolicyArn=policy["Arn"], VersionId=policy["DefaultVersionId"])["PolicyVersion"]
+        document = iam.get_policy_version(PolicyArn=policy["Arn"], VersionId=policy["DefaultVersionId"])[
+            "PolicyVersion"
+        ]
         readable = [r for s in document["Document"]["Statement"] for r in s["Resource"] if "shards" in r]
         groups_before = {g["GroupId"] for g in ec2.describe_security_groups()["SecurityGroups"]}
         fills = [(f"<{re.sub('(?<=[a-z])(?=[A-Z])', '_', k).upper()}>", v) for k, v in values.items()]
