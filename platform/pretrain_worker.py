@@ -180,7 +180,7 @@ def _train(config: dict[str, Any], notice: PreemptionNotice, progress: Callable[
         total, losses, counts, others, busy_W = facts.split([1, len(losses), len(losses), 3, world_size])
         found_new, due, urgent = (bool(n) for n in others)
         heeded |= urgent  # ranks hear of the same node at different times: one checkpoint for all
-        if rank == 0 and (lag := slow(busy_W.tolist())) is not None:
+        if rank == 0 and (lag := slow(busy_W.tolist(), time.monotonic())) is not None:
             note(mailbox, lag)
 
         if found_new:

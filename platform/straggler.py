@@ -23,9 +23,8 @@ LEAST_S = 0.02
 class Stragglers:
     """Told what every rank needed for a step (N numbers, N ranks), says now and then who is slow.
 
-    Steps are judged together when they are ``window_s`` long in sum of the slowest's seconds: by each rank's median, so
-    that a pause (a checkpoint, a collection of garbage) is nobody's fault. An episode is told once when it begins and
-    once when it ends.
+    Steps of ``window_s`` are judged together, by each rank's median, so that a pause (a checkpoint, a collection of garbage)
+    is nobody's fault. An episode is told once when it begins and once when it ends.
 
     Args:
         hosts: of each rank, for the message.
@@ -35,10 +34,10 @@ class Stragglers:
         self.hosts, self.window_s = list(hosts), window_s
         self.slow: set[int] = set()
         self._steps: list[list[float]] = []
-        self._seconds = 0.0
+        self._begun: float | None = None
 
-    def __call__(self, busy_N: Sequence[float]) -> str | None:
-        """What there is to say after this step, mostly None.
+    def __call__(self, busy_N: Sequence[float], now: float) -> str | None:
+        """What there is to say after this step, mostly None. ``now``: seconds, by any clock.
 
         Raises:
             ValueError: another number of ranks than of hosts.
@@ -46,11 +45,12 @@ class Stragglers:
         if len(busy_N) != len(self.hosts):
             raise ValueError(f"{len(busy_N)} ranks, but {len(self.hosts)} hosts")
         self._steps.append(list(busy_N))
-        self._seconds += max(busy_N)
-        if self._seconds < self.window_s or len(self._steps) < 3:
+        if self._begun is None:
+            self._begun = now
+        if now - self._begun < self.window_s or len(self._steps) < 3:
             return None
         medians_N = [statistics.median(rank) for rank in zip(*self._steps, strict=True)]
-        self._steps, self._seconds = [], 0.0
+        self._steps, self._begun = [], now
         slow = stragglers(medians_N, self.slow)
         began, ended, self.slow = slow - self.slow, self.slow - slow, slow
         lines = [_says(rank, medians_N, self.hosts[rank]) for rank in sorted(began)]

@@ -282,10 +282,15 @@ def suffer(cluster: LaunchedCluster, whole: Experiment, troubles: Mapping[str, T
     """
     run = Experiment(cluster, whole.shards, f"lost_{'_'.join(troubles)}", whole.epochs, *overrides)
     suffering = _Suffering(run)
-    suffering.trains()
-    for trouble in troubles.values():
-        suffering.meets(trouble)
-    assert suffering.wait(lambda: suffering.process.poll() is not None, 900), run.log.read_text()
+    try:
+        suffering.trains()
+        for trouble in troubles.values():
+            suffering.meets(trouble)
+        assert suffering.wait(lambda: suffering.process.poll() is not None, 900), run.log.read_text()
+    finally:
+        if suffering.process.poll() is None:  # what comes next has the cluster for itself
+            suffering.process.kill()
+            cluster.head.kill(DRIVER)
     assert suffering.process.returncode == 0, run.log.read_text()
     return outcome(run, whole, suffering.met)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -33,13 +34,18 @@ def test_let_off_only_when_it_keeps_up():
     assert stragglers([0.1, 0.1, 0.119], before={2}) == set()
 
 
+STEP_S = 0.5
+
+
+CLOCK = itertools.count()
+
+
 def feed(watch: Stragglers, busy: list[float], windows: int = 1) -> list[str]:
     """Whole windows of noisy steps; what was said."""
     rng = random.Random(0)
     said = []
-    for _ in range(windows):
-        for _ in range(int(watch.window_s / max(busy)) + 5):
-            said.append(watch([b * rng.uniform(0.9, 1.1) for b in busy]))
+    for _ in range(windows * int(watch.window_s / STEP_S + 1)):
+        said.append(watch([b * rng.uniform(0.9, 1.1) for b in busy], next(CLOCK) * STEP_S))
     return [line for line in said if line]
 
 
@@ -59,10 +65,10 @@ def test_told_once_when_it_begins_and_once_when_it_ends():
 
 def test_a_pause_is_nobodys_fault():
     watch = Stragglers(HOSTS, window_s=10)
-    said = [watch([0.2, 0.2, 0.2, 5.0 if step % 20 == 19 else 0.2]) for step in range(400)]
+    said = [watch([0.2, 0.2, 0.2, 5.0 if step % 20 == 19 else 0.2], step * STEP_S) for step in range(400)]
     assert not any(said)
 
 
 def test_another_number_of_ranks():
     with pytest.raises(ValueError, match="3 ranks, but 4 hosts"):
-        Stragglers(HOSTS)([1, 2, 3])
+        Stragglers(HOSTS)([1, 2, 3], 0.0)
