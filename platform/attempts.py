@@ -21,9 +21,9 @@ PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0
 """Before the second failure in a row is repeated, and at most; it doubles in between. A cause outside of the run (a node
 that is just booting, a storage that is away) is given time to pass."""
 
-VERDICT_S = 120.0
-"""How long a node may take to be known as dead: until then Ray puts workers on it again, and they fail again. A node whose
-raylet was killed on a busy machine took 90 s."""
+VERDICT_S = 200.0
+"""How long a node may take to be known as dead: until then Ray puts workers on it again, and they fail again. The cluster
+files give a silent node up to three minutes (RAY_health_check_*), so that a cable that is out for one does not count."""
 
 TICK_S = 1.0
 

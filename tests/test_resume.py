@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -23,7 +24,10 @@ from copernicus.datasets.order import Coverage
 from copernicus.datasets.shards import write_shards
 
 EPOCHS, DRAWS, GRIDS = 60, 2, 24
-FEW = "pretrain.sensors=[s2_toa,s5p_o3]"  # a step costs a fifth, and the ranks meet different sensors all the same
+FEW = "pretrain.sensors=[s1_grd,s2_toa,s5p_o3]"
+"""A step costs a fifth without DEM's many generated weights, and the ranks meet different sensors all the same."""
+SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
+"""A node whose raylet was killed is known as dead after some 15 s, not 60."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,8 @@ def cluster() -> Iterator:
     """A head without CPUs and one node with two, as processes of this machine."""
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    with mock.patch.dict(os.environ, SOON):
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes.add_node(num_cpus=2)
     try:
         yield nodes
