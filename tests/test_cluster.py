@@ -114,6 +114,13 @@ def test_a_submitted_sweep_ends_as_it_does_here(cluster, tmp_path):
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_the_doctor_looks_at_both_nodes(cluster):
+    output = cluster.copernicus("doctor", "--cluster", str(cluster.file), SMOKE)
+    print(output)
+
+
+@pytest.mark.chaos
 def test_nothing_but_ssh_is_offered_to_who_has_no_token(cluster):
     for port in (8265, 5000):
         with pytest.raises(ConnectionRefusedError):
