@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import time
@@ -109,7 +110,7 @@ def test_a_submitted_sweep_ends_as_it_does_here(cluster, tmp_path):
 
     def scores(folder) -> dict:
         (board,) = folder.glob("runs/small_sweep-*/leaderboard.json")
-        return {(s["encoder"], s["seed"]): s["value"] for s in json.loads(board.read_text())["scores"]}
+        return {(s["encoder"], s["seed"]): s["test"] for s in json.loads(board.read_text())["scores"]}
 
     assert scores(cluster.shared) == pytest.approx(scores(tmp_path), rel=1e-6)
 
@@ -118,7 +119,10 @@ def test_a_submitted_sweep_ends_as_it_does_here(cluster, tmp_path):
 @pytest.mark.timeout(600)
 def test_the_doctor_looks_at_both_nodes(cluster):
     output = cluster.copernicus("doctor", "--cluster", str(cluster.file), SMOKE)
-    print(output)
+    assert "0 failed" in output, output
+    for row in ("nodes +ok +2 alive", "nodes' job agents +ok +2 of 2 refuse who has no token", "clocks +ok +all 2 nodes",
+                "shared storage +ok ", "MLflow +ok ", "client's versions +ok "):  # fmt: skip
+        assert re.search(rf"^{row}", output, re.MULTILINE), f"{row}\n{output}"
 
 
 @pytest.mark.chaos
