@@ -68,7 +68,7 @@ def test_hosts_are_apart_and_leave_nothing_behind(tmp_path):
     assert not any(process.is_running() for process in first)
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_submitted_pretraining_spans_both_nodes_and_ends_as_it_does_here(cluster, tmp_path):
     one_a_node = ["pretrain.cpus_per_worker=1.5", "pretrain.data_cpus=0.5"]  # nodes have two CPUs
@@ -97,7 +97,7 @@ def test_a_submitted_pretraining_spans_both_nodes_and_ends_as_it_does_here(clust
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_submitted_sweep_ends_as_it_does_here(cluster, tmp_path):
     output = cluster.copernicus("submit", *SWEEP, "--cluster", str(cluster.file))
@@ -115,7 +115,7 @@ def test_a_submitted_sweep_ends_as_it_does_here(cluster, tmp_path):
     assert scores(cluster.shared) == pytest.approx(scores(tmp_path), rel=1e-6)
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_doctor_looks_at_both_nodes(cluster):
     output = cluster.copernicus("doctor", "--cluster", str(cluster.file), SMOKE)
@@ -125,7 +125,7 @@ def test_the_doctor_looks_at_both_nodes(cluster):
         assert re.search(rf"^{row}", output, re.MULTILINE), f"{row}\n{output}"
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_nothing_but_ssh_is_offered_to_who_has_no_token(cluster):
     for port in (8265, 5000):
         with pytest.raises(ConnectionRefusedError):
@@ -136,7 +136,7 @@ def test_nothing_but_ssh_is_offered_to_who_has_no_token(cluster):
     assert cluster.head.run(f"{asked} {token}").stdout == "200"
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_down_stops_every_node(cluster):
     """The last test of this cluster. `ray down` stops the head of a `local` cluster; the other nodes end when they have
     looked for it in vain (RAY_gcs_rpc_server_reconnect_timeout_s in the file)."""
