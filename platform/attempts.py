@@ -25,7 +25,7 @@ VERDICT_S = 200.0
 """How long a node may take to be known as dead: until then Ray puts workers on it again, and they fail again. The cluster
 files give a silent node up to three minutes (RAY_health_check_*), so that a cable that is out for one does not count."""
 
-TICK_S = 1.0
+TICK_S, ANSWER_S = 1.0, 2.0
 
 
 class TooManyFailures(RuntimeError):
@@ -60,7 +60,7 @@ class Attempts(ControllerCallback, WorkerGroupCallback):
         self.tell, self.max_failures, self.reached = tell, max_failures, reached
         self.room_s, self.explain = room_s, explain
         self.in_a_row = self.furthest = 0
-        self._workers: dict[int, tuple[str, str]] = {}  # rank -> (node's id, host and address)
+        self._workers: dict[int, tuple[str, str, Any]] = {}  # rank -> (node's id, host and address, actor)
         self._waiting_since: float | None = None
         self._told_waiting = False
 
@@ -70,6 +70,7 @@ class Attempts(ControllerCallback, WorkerGroupCallback):
             worker.distributed_context.world_rank: (
                 worker.metadata.node_id,
                 f"{worker.metadata.hostname} ({worker.metadata.node_ip})",
+                worker.actor,
             )
             for worker in worker_group.get_workers()
         }
@@ -125,7 +126,7 @@ class Attempts(ControllerCallback, WorkerGroupCallback):
         self.tell(f"{what}; repeated from the last checkpoint ({count})")
         self._await_verdict(error)
         if self.in_a_row > 1:
-            # This holds the controller up, which has nothing else to do, and Ctrl-C as long.
+            # This holds the controller up, which has nothing else to do; Ctrl-C ends it all the same (`trainer.py`).
             time.sleep(min(PAUSE_S * 2 ** (self.in_a_row - 2), LONGEST_PAUSE_S))
         _recount()
 
@@ -140,21 +141,33 @@ class Attempts(ControllerCallback, WorkerGroupCallback):
             self.tell(f"waiting for room for the workers; {_room()}")
 
     def _await_verdict(self, error: Any) -> None:
-        """Workers that are just unreachable were most likely on a node that died. Wait until Ray knows."""
-        import ray
+        """Workers that are just unreachable were most likely on a node that died. Wait until Ray knows, or one answers."""
         from ray.exceptions import ActorUnavailableError
 
-        failures = getattr(error, "worker_failures", None) or {}
+        failures = getattr(error, "worker_failures", None) or dict.fromkeys(self._workers, error)
         doubtful = {
-            self._workers[rank][0]
+            rank
             for rank, failure in failures.items()
             if rank in self._workers and isinstance(_inner(failure), ActorUnavailableError)
         }
         deadline = time.monotonic() + VERDICT_S
-        while doubtful and time.monotonic() < deadline:
-            if not doubtful & {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
-                return
+        while time.monotonic() < deadline and any(self._undecided(rank) for rank in doubtful):
             time.sleep(TICK_S)
+
+    def _undecided(self, rank: int) -> bool:
+        """Whether a worker is neither known to be gone, itself or with its node, nor answers."""
+        import ray
+
+        node, _, actor = self._workers[rank]
+        if not any(known["NodeID"] == node and known["Alive"] for known in ray.nodes()):
+            return False
+        try:
+            ray.get(actor.get_metadata.remote(), timeout=ANSWER_S)
+        except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):
+            return True
+        except ray.exceptions.RayError:
+            return False
+        return False
 
     def _says(self, error: Any) -> str:
         """One line: who failed, where, and why."""
@@ -185,8 +198,6 @@ def cause(error: BaseException) -> str:
     lines = text.splitlines() or [""]
     # What Ray raises says the most important first; Python's own errors end with it.
     line = lines[0] if type(inner).__module__.startswith("ray.") else lines[-1]
-    if line.endswith(":") and line is not lines[-1]:  # of a start that failed: "... due to error:", and a traceback
-        line = f"{line} {lines[-1].strip()}"
     return f"{type(inner).__name__}: {line.strip()}"
 
 
@@ -207,8 +218,12 @@ def _collateral(error: BaseException) -> bool:
 
 def _inner(error: Any) -> BaseException:
     """What is wrapped by Ray Train."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
     for name in ("controller_failure", "health_check_failure"):
         error = getattr(error, name, None) or error
+    if isinstance(error, WorkerGroupStartupFailedError) and error.__cause__ is not None:
+        return error.__cause__  # what its own message leaves out: which actor failed, and why
     return error
 
 

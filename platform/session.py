@@ -48,12 +48,17 @@ def ray_session(verbose: bool = False) -> Iterator[dict[str, float]]:
         ray.init(
             address=address or "local", logging_level=level, log_to_driver=verbose, configure_logging=True, **local
         )
+    from ray._private import worker
+
+    whole = worker.print_to_stdstream
     if not verbose:
         silence()
+        worker.print_to_stdstream = brief(whole)
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+        worker.print_to_stdstream = whole
 
 
 @contextlib.contextmanager
@@ -85,12 +90,9 @@ def keeping_sigterm() -> Iterator[None]:
 
 
 def silence() -> None:
-    """Ray's own chatter off; errors stay, in a line each."""
+    """Ray's own chatter off; errors stay."""
     import optuna
     import ray.data  # first: it sets its loggers up on import
-    from ray._private import worker
-
-    worker.print_to_stdstream = brief(worker.print_to_stdstream)
 
     for name in LOUD_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

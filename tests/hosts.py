@@ -7,7 +7,8 @@ what is installed here is installed there, and any folder outside /tmp is shared
 an address on the bridge, as a laptop beside a cluster.
 
 A host lives as long as its first process, which the kernel ends with the caller, however that ends; its mounts, its end
-of the cable and its processes go with it. Only the bridge can stay behind a killed caller: the next one removes it.
+of the cable and its processes go with it. The bridge can stay behind a killed caller, and for a moment the cables: the
+next one removes them.
 """
 
 from __future__ import annotations
@@ -115,9 +116,8 @@ class Host:
             )  # fmt: skip
         pid = self._process.pid
         self._until(lambda: _namespace("net", pid) not in (None, _namespace("net", os.getpid())))
-        _ip(
-            "link", "delete", self.cable, check=False
-        )  # of one who was killed just now: the number of the bridge is ours
+        # Of a caller who was killed just now, perhaps: the bridge's number is ours, and so is the cable's name.
+        _ip("link", "delete", self.cable, check=False)
         _ip("link", "add", self.cable, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
         _ip("link", "set", self.cable, "master", self.network.bridge, "up")
         self._until(self._answers)

@@ -37,7 +37,8 @@ client = MlflowClient("http://127.0.0.1:5000")
 found = []
 for experiment in client.search_experiments():
     for run in client.search_runs([experiment.experiment_id], max_results=1000):
-        names = set(run.data.metrics) & {"train/loss", "train/samples_seen", "val/loss", "data/epochs_verified"}
+        names = set(run.data.metrics) & {"train/loss", "train/samples_seen", "val/loss", "data/epochs_verified",
+                                        "train/workers"}
         history = {n: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(run.info.run_id, n)] for n in names}
         found.append({"id": run.info.run_id, "name": run.info.run_name, "status": run.info.status, "tags": run.data.tags,
                       "parameters": run.data.params, "metrics": run.data.metrics, "history": history})
@@ -110,14 +111,20 @@ class LaunchedCluster:
         self.ray("down", str(self.file), "--yes")
 
     def on_head(self, script: str) -> list[Any]:
-        """What a Python script on the head prints in its last line, as JSON; empty if it fails."""
+        """What a Python script on the head prints in its last line, as JSON.
+
+        Raises:
+            AssertionError: it fails.
+        """
         command = shlex.join([sys.executable, "-c", script])
-        done = self.head.run(f"RAY_AUTH_MODE=token {command}", check=False)
-        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else []
+        return json.loads(self.head.run(f"RAY_AUTH_MODE=token {command}").stdout.splitlines()[-1])
 
     def nodes(self) -> list[str]:
-        """The addresses of those that Ray takes for alive."""
-        return self.on_head(READ_NODES)
+        """The addresses of those that Ray takes for alive; none while it does not answer."""
+        try:
+            return self.on_head(READ_NODES)
+        except AssertionError:
+            return []
 
     def await_nodes(self, count: int, seconds: float = 180) -> None:
         end = time.monotonic() + seconds

@@ -46,15 +46,19 @@ def raylet_killed(cluster: LaunchedCluster) -> Iterator[None]:
 @contextlib.contextmanager
 def host_off_and_on(cluster: LaunchedCluster) -> Iterator[None]:
     cluster.workers[0].stop()
-    yield
-    cluster.workers[0].start()
+    try:
+        yield
+    finally:
+        cluster.workers[0].start()
 
 
 @contextlib.contextmanager
 def host_cut_off(cluster: LaunchedCluster) -> Iterator[None]:
     cluster.workers[0].cut()
-    yield
-    cluster.workers[0].mend()
+    try:
+        yield
+    finally:
+        cluster.workers[0].mend()
 
 
 @contextlib.contextmanager
@@ -67,8 +71,10 @@ def driver_killed(cluster: LaunchedCluster) -> Iterator[None]:
 def server_silent(cluster: LaunchedCluster) -> Iterator[None]:
     group = "-$(cat ~/copernicus-mlflow/server.pid)"
     cluster.head.run(f"kill -STOP -- {group}")
-    yield
-    cluster.head.run(f"kill -CONT -- {group}")
+    try:
+        yield
+    finally:
+        cluster.head.run(f"kill -CONT -- {group}")
 
 
 @contextlib.contextmanager
@@ -76,9 +82,11 @@ def disks_full(cluster: LaunchedCluster) -> Iterator[None]:
     """Of both nodes: only that of rank 0 has checkpoints, and either may be it."""
     for host in cluster.network.hosts:
         host.fill()
-    yield
-    for host in cluster.network.hosts:
-        host.free()
+    try:
+        yield
+    finally:
+        for host in cluster.network.hosts:
+            host.free()
 
 
 @contextlib.contextmanager
@@ -117,19 +125,19 @@ TROUBLES = {
     ),
 }
 OFF_FOR_LONG = {
-    "elastic": Trouble("a host off for 90 s; training goes on with one worker", host_off_and_on, 90, says="failed")
+    "elastic": Trouble("a host off for 270 s; training goes on with one worker", host_off_and_on, 270, says="failed")
 }
 ELASTIC = "pretrain.workers=[1,2]"
-"""With which a run bears `OFF_FOR_LONG`."""
+"""With which a run bears `OFF_FOR_LONG`: the cluster's file gives a silent node up to three minutes."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a trouble cost. ``recovered_s``: from its begin to the first step after it, repeated or new, as recorded (every
-    two seconds). ``repeated``: steps computed a second time. ``jobs``: submitted by then."""
+    """What a trouble cost. ``stood_still_s``: the longest time without a step of training, repeated or new, as recorded
+    (every two seconds). ``repeated``: steps computed a second time. ``jobs``: submitted by then."""
 
     what: str
-    recovered_s: float
+    stood_still_s: float
     repeated: int
     jobs: int
 
@@ -137,12 +145,13 @@ class Row:
 @dataclass(frozen=True)
 class Outcome:
     """What all troubles of a run came to. Lost: samples trained less often, or more, than asked; steps whose loss is missing
-    or there twice. Differences: the largest of a weight, and of a step's loss, to those of a run that was left alone."""
+    or there twice. ``workers``: how many trained, at one time or another. Differences: the largest of a weight, and of a step's loss, to those of a run that was left alone."""
 
     rows: list[Row]
     samples_lost: int
     metrics_lost: int
     left_running: int
+    workers: set[int]
     weights_differ: float
     losses_differ: float
 
@@ -220,7 +229,6 @@ class _Suffered:
     began: float
     before: set[int]
     seen: set[int]
-    log_at: int
     jobs: int = 0
 
 
@@ -262,9 +270,9 @@ class _Suffering:
         text = self.run.log.read_text()
         assert self.process.poll() is None, f"it ended before {trouble.what}; more epochs are needed:\n{text}"
         before = self.run.trainers()
-        self.met.append(_Suffered(trouble, time.time(), before, set(before), len(text)))
+        self.met.append(_Suffered(trouble, time.time(), before, set(before)))
         with trouble.happens(self.run.cluster):
-            self.wait(lambda: False, trouble.lasts_s)
+            self.wait(lambda: self.process.poll() == 0, trouble.lasts_s)
         self.trains()
         said = self.run.log.read_text()[len(text) :]
         assert trouble.says in said, f"{trouble.what}: the log does not say {trouble.says!r}:\n{said}"
@@ -313,27 +321,26 @@ def outcome(run: Experiment, whole: Experiment, met: list[_Suffered]) -> Outcome
     for this, following in itertools.zip_longest(met, met[1:]):
         until = following.began if following else float("inf")
         row = cost(this, until, [(step, at / 1000) for step, _, at in losses], saved)
-        assert row.recovered_s >= this.trouble.stalls_s, f"not felt, training went on: {row}"
+        assert row.stood_still_s >= this.trouble.stalls_s, f"not felt, training went on: {row}"
         assert row.jobs > jobs or not this.trouble.ends_job, f"not felt, the job did not fail: {row}"
         rows.append(row)
         jobs = row.jobs
     weights = zip(expected["model"].values(), final["model"].values(), strict=True)
-    weights_differ = max((a.double() - b.double()).abs().max().item() for a, b in weights if a.numel())
-    undisturbed_losses = {step: value for step, value, _ in whole.tracked().history["train/loss"]}
-    losses_differ = max(abs(value - undisturbed_losses.get(step, float("nan"))) for step, value, _ in losses)
+    weights_differ = torch.stack([(a.double() - b.double()).abs().max() for a, b in weights if a.numel()]).max().item()
+    left_alone = {step: value for step, value, _ in whole.tracked().history["train/loss"]}
+    losses_differ = torch.tensor([abs(value - left_alone[step]) for step, value, _ in losses]).max().item()
     left_running = sum(r.status == "RUNNING" for r in run.cluster.runs())
-    return Outcome(rows, samples_lost, metrics_lost, left_running, weights_differ, losses_differ)
+    workers = {int(value) for _, value, _ in run.tracked().history["train/workers"]}
+    return Outcome(rows, samples_lost, metrics_lost, left_running, workers, weights_differ, losses_differ)
 
 
 def cost(met: _Suffered, until: float, recorded: list[tuple[int, float]], saved: dict[int, float]) -> Row:
     """Of one trouble: from (step, seconds) of what was recorded and the steps of the checkpoints, with their times."""
-    # Figures are recorded every two seconds while training runs: the longest silence after the trouble is the recovery.
     times = sorted({at for _, at in recorded if at < until})
-    gaps = [(b - a, b) for a, b in itertools.pairwise(times) if b > met.began]
-    again = max(gaps)[1] if gaps else float("nan")
+    still, again = max(((b - a, b) for a, b in itertools.pairwise(times) if b > met.began), default=(0.0, float("inf")))
     repeated = 0
     if met.seen - met.before:  # other processes: they began at a checkpoint
         last = max((step for step, at in recorded if at < again), default=0)
         from_step = max((step for step, at in saved.items() if at < again), default=0)
         repeated = max(0, last - from_step)
-    return Row(met.trouble.what, again - met.began, repeated, met.jobs)
+    return Row(met.trouble.what, still, repeated, met.jobs)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import ray.train
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -55,6 +55,7 @@ def group(hosts: list[str]) -> SimpleNamespace:
         SimpleNamespace(
             distributed_context=SimpleNamespace(world_rank=rank),
             metadata=SimpleNamespace(node_id=host, hostname=host, node_ip=f"10.0.0.{rank}"),
+            actor=SimpleNamespace(get_metadata=SimpleNamespace(remote=lambda host=host: host)),
         )
         for rank, host in enumerate(hosts)
     ]
@@ -149,22 +150,47 @@ def test_the_rooms_patience(hurried, monkeypatch):
         now[0] += 1e6
 
 
-def test_a_node_that_may_be_dead_is_waited_for(hurried, monkeypatch):
-    alive = iter([True, True, False])
-    asked: list[bool] = []
+UNREACHABLE = ActorUnavailableError("RpcError: connection reset", b"0" * 16)
 
-    def nodes():
-        asked.append(next(alive))
-        return [{"NodeID": "two", "Alive": asked[-1]}, {"NodeID": "one", "Alive": True}]
 
-    monkeypatch.setattr(ray, "nodes", nodes)
+def of_one_rank() -> RestartingState:
+    return RestartingState(WorkerGroupError("", {1: WorkerHealthCheckFailedError("", failure=UNREACHABLE)}))
+
+
+def of_a_start() -> ReschedulingState:
+    error = WorkerGroupStartupFailedError("At least one of the worker actors failed to initialize.")
+    error.__cause__ = UNREACHABLE
+    return ReschedulingState(ControllerError(error))
+
+
+@pytest.mark.parametrize("state", [of_one_rank, of_a_start])
+@pytest.mark.parametrize(
+    ("alive", "answers"),
+    [
+        ([True, True, False], [UNREACHABLE, GetTimeoutError()]),  # the node is dead in the end
+        ([True, True], [UNREACHABLE, "metadata"]),  # the cable is back
+        ([True], [ActorDiedError()]),  # the process alone is gone
+    ],
+)
+def test_a_node_that_may_be_dead_is_waited_for(hurried, monkeypatch, state, alive, answers):
+    answers, nodes = iter(answers), iter(alive)
+
+    def get(host, timeout):
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [{"NodeID": "one", "Alive": True}, {"NodeID": "two", "Alive": next(nodes)}]
+    )
+    monkeypatch.setattr(ray, "get", get)
     told: list[str] = []
     watch = Attempts(told.append, 3, nowhere)
     watch.after_worker_group_start(group(["one", "two"]))
-    gone = WorkerHealthCheckFailedError("", failure=ActorUnavailableError("RpcError: connection reset", b"0" * 16))
-    watch.after_controller_state_update(RunningState(), RestartingState(WorkerGroupError("", {1: gone})))
-    assert asked == [True, True, False]
-    assert "rank 1 on two (10.0.0.1) failed: it cannot be reached" in told[0]
+    watch._workers.pop(0)  # which would be asked, too, where nobody says whose start failed
+    watch.after_controller_state_update(RunningState(), state())
+    assert "it cannot be reached" in told[0]
+    assert next(nodes, None) is next(answers, None) is None, "asked until it was decided, and no longer"
 
 
 def test_an_end_that_is_not_ours_is_told(hurried):
@@ -181,8 +207,9 @@ def test_an_end_that_is_not_ours_is_told(hurried):
 def test_causes():
     assert cause(ValueError("a\nb")) == "ValueError: b"
     assert cause(ValueError()) == "ValueError: "
-    start = WorkerGroupStartupFailedError("One worker failed to initialize due to error:\nTraceback\nOSError: full")
-    assert cause(start) == "WorkerGroupStartupFailedError: One worker failed to initialize due to error: OSError: full"
+    start = WorkerGroupStartupFailedError("At least one of the worker actors failed to initialize.")
+    start.__cause__ = ActorUnavailableError("connection reset", b"0" * 16)
+    assert cause(ControllerError(start)).startswith("it cannot be reached")
     gloo = "[/w/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:25120. This is typically caused by"
     assert cause(RuntimeError(gloo)) == "its connection to 10.0.0.2 broke: that worker, its node or the network is gone"
 

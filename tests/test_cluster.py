@@ -88,8 +88,13 @@ def test_a_submitted_pretraining_spans_both_nodes_and_ends_as_it_does_here(clust
     assert submitted.status == "FINISHED"
     copernicus(tmp_path, "run", SMOKE)
     (here,) = runs(tmp_path).values()
-    for name in ("train/loss", "val/loss", "train/samples_seen", "data/epochs_verified"):
-        assert submitted.metrics[name] == pytest.approx(here["metrics"][name], rel=1e-6), name
+    for name, bound in (
+        ("train/loss", 1e-5),
+        ("val/loss", 1e-5),
+        ("train/samples_seen", 0),
+        ("data/epochs_verified", 0),
+    ):
+        assert submitted.metrics[name] == pytest.approx(here["metrics"][name], rel=bound, abs=0), name
     expected, got = final_weights(tmp_path, "pretrain_base_smoke"), final_weights(cluster.shared, "pretrain_base_smoke")
     assert expected.keys() == got.keys()
     for name in expected:
@@ -119,7 +124,7 @@ def test_a_submitted_sweep_ends_as_it_does_here(cluster, tmp_path):
 @pytest.mark.timeout(600)
 def test_the_doctor_looks_at_both_nodes(cluster):
     output = cluster.copernicus("doctor", "--cluster", str(cluster.file), SMOKE)
-    assert "0 failed" in output, output
+    assert ", 0 failed" in output, output
     for row in ("nodes +ok +2 alive", "nodes' job agents +ok +2 of 2 refuse who has no token", "clocks +ok +all 2 nodes",
                 "shared storage +ok ", "MLflow +ok ", "client's versions +ok "):  # fmt: skip
         assert re.search(rf"^{row}", output, re.MULTILINE), f"{row}\n{output}"

@@ -39,6 +39,7 @@ def test_with_fewer_workers_for_a_while(cluster, whole):
     seen = suffer(cluster, whole, OFF_FOR_LONG, ELASTIC)
     print(seen)
     assert (seen.samples_lost, seen.metrics_lost, seen.left_running) == (0, 0, 0)
+    assert seen.workers == {1, 2}
     # Sums round otherwise with another number of workers.
     assert max(seen.weights_differ, seen.losses_differ) < 1e-3
     cluster.await_nodes(2)

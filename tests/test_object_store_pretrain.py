@@ -120,7 +120,7 @@ def test_pretraining_goes_through_a_store_that_fails_for_a_while(s3, shards, tmp
         command("run", str(yaml), "pretrain.epochs=3", "pretrain.sensors=[s2_toa,s5p_o3,dem]"),
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    # A fault every two seconds, none before the last one was met: while Ray starts nothing is read, and faults that had
+    # A fault every half second at most, none before the last one was met: while Ray starts nothing is read, and faults that had
     # gathered would meet one read at all of its six tries.
     deadline, modes, injected = time.monotonic() + 400, itertools.cycle(("503", "500", "cut", "short")), 0
     while True:
@@ -128,7 +128,7 @@ def test_pretraining_goes_through_a_store_that_fails_for_a_while(s3, shards, tmp
             s3.proxy.fail(next(modes), times=1, path=r"\.tar")
             injected += 1
         try:
-            output, _ = job.communicate(timeout=2)
+            output, _ = job.communicate(timeout=0.5)
         except subprocess.TimeoutExpired:
             assert time.monotonic() < deadline
         else:

@@ -109,7 +109,7 @@ def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids):
     settings = (
         FEW,
         "pretrain.val_fraction=0",
-        "pretrain.max_failures=40",  # a dead node costs several tries until Ray notices
+        "pretrain.max_failures=40",  # kills may come before a run is further than it was at the last
         "pretrain.checkpoint_minutes=0.05",
         "pretrain.checkpoint_every=1000",
     )

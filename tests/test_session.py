@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
 from ray._private import worker
 
-from copernicus.platform.session import LONGEST, brief, silence
+from copernicus.platform.session import LONGEST, brief, ray_session
 
 
 def test_what_nodes_say_is_shown_once_and_in_a_line():
@@ -26,12 +27,17 @@ def test_what_nodes_say_is_shown_once_and_in_a_line():
     assert len(line) <= LONGEST + 4
 
 
-def test_it_stands_in_for_ray_s_own(monkeypatch, capsys):
-    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)  # put back afterwards
-    silence()
-    worker.print_to_stdstream(
-        {"lines": ["the node died\nand more"], "pid": "raylet", "is_err": False}, ignore_prefix=False
-    )
+def test_it_stands_in_for_ray_s_own_while_a_session_lasts(monkeypatch, capsys):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    whole = worker.print_to_stdstream
+    with ray_session():
+        worker.print_to_stdstream(
+            {"lines": ["the node died\nand more"], "pid": "raylet", "is_err": False}, ignore_prefix=False
+        )
+    assert worker.print_to_stdstream is whole
     printed = "".join(capsys.readouterr())
     assert "the node died" in printed
     assert "and more" not in printed

@@ -20,7 +20,7 @@ from launched import launched_cluster
 from losing import ELASTIC, OFF_FOR_LONG, TROUBLES, suffer, undisturbed, write_data
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = TROUBLES | OFF_FOR_LONG
     parser.add_argument("troubles", nargs="*", help=", ".join(known))
@@ -33,30 +33,32 @@ def main() -> None:
         parser.error(reason)
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(title="A pretraining with a worker on each of two hosts")
-    for column in ("what happened", "to the next step, s", "steps repeated", "jobs submitted"):
+    for column in ("what happened", "no step for, s", "steps repeated", "jobs submitted"):
         table.add_column(column, justify="left" if column == "what happened" else "right")
-    said = []
+    said, failed = [], False
     with tempfile.TemporaryDirectory() as folder, launched_cluster(Path(folder)) as cluster:
         whole = undisturbed(cluster, write_data(cluster.shared / "shards"), arguments.epochs)
         for name, troubles, overrides in (("two workers", TROUBLES, ()), ("one or two", OFF_FOR_LONG, (ELASTIC,))):
+            cluster.await_nodes(2)
             if not (wanted := {key: trouble for key, trouble in troubles.items() if key in chosen}):
                 continue
             try:
                 seen = suffer(cluster, whole, wanted, *overrides)
             except AssertionError as error:
                 said.append(f"{name}: did not end well: {error}")
+                failed = True
                 continue
             for row in seen.rows:
-                table.add_row(row.what, f"{row.recovered_s:.0f}", str(row.repeated), str(row.jobs))
+                table.add_row(row.what, f"{row.stood_still_s:.0f}", str(row.repeated), str(row.jobs))
             said.append(
                 f"{name}, after all of it: samples lost {seen.samples_lost}, metrics lost {seen.metrics_lost}, runs left "
                 f"RUNNING {seen.left_running}; weights differ by {seen.weights_differ:g} from those of a run left alone"
             )
-            cluster.await_nodes(2)
     console.print(table)
     for line in said:
         console.print(line, highlight=False, markup=False)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
