@@ -201,7 +201,7 @@ def cause(error: BaseException) -> str:
     return f"{type(inner).__name__}: {line.strip()}"
 
 
-_BROKEN = re.compile(r"gloo/.* peer \[([\da-fA-F.:]+)\]")
+_BROKEN = re.compile(r"gloo/.* \[([\da-fA-F.:]+)\]:\d+")
 """What gloo says when another rank is gone, with that one's address."""
 _COLLATERAL = re.compile(
     r"connection (closed|reset)|broken pipe|timed out waiting|gloo|nccl|store.*(closed|timeout)", re.I
