@@ -277,6 +277,7 @@ class _Suffering:
         said = self.run.log.read_text()[len(text) :]
         assert trouble.says in said, f"{trouble.what}: the log does not say {trouble.says!r}:\n{said}"
         self.met[-1].jobs = self.run.submitted
+        print(f"{trouble.what}: through it after {time.time() - self.met[-1].began:.0f} s", flush=True)
 
     def what(self) -> str:
         return self.met[-1].trouble.what if self.met else "undisturbed"
