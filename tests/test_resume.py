@@ -22,6 +22,7 @@ from test_run import command, final_weights, pretraining
 from copernicus.datasets.index import index_shards
 from copernicus.datasets.order import Coverage
 from copernicus.datasets.shards import write_shards
+from copernicus.platform.tracking import Tracker
 
 EPOCHS, DRAWS, GRIDS = 60, 2, 24
 FEW = "pretrain.sensors=[s1_grd,s2_toa,s5p_o3]"
@@ -178,6 +179,36 @@ def test_another_number_of_workers_goes_on_with_the_next_sample(tmp_path, whole_
     for name in start:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
     assert_each_epoch_was_trained_once(tmp_path, "broken", whole_grids)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_elastic_run_goes_on_with_the_worker_that_is_left(tmp_path, whole_grids):
+    """A worker on each of two nodes, one node killed for good: the other trains the whole batch."""
+    settings = (
+        FEW,
+        "pretrain.workers=[1,2]",
+        "pretrain.cpus_per_worker=1.5",
+        "pretrain.data_cpus=0.5",
+        "pretrain.val_fraction=0",
+        "pretrain.checkpoint_minutes=0.05",
+        "pretrain.checkpoint_every=1000",
+    )
+    with cluster() as nodes:
+        lost = nodes.add_node(num_cpus=2)
+        run = Run(tmp_path, pretraining(tmp_path, whole_grids, "broken"), nodes.address, *settings)
+        seen = await_checkpoint(tmp_path, run, set())
+        await_checkpoint(tmp_path, run, seen)
+        nodes.remove_node(lost, allow_graceful=False)
+        assert run.wait() == 0, (tmp_path / "broken.log").read_text()
+    assert_each_epoch_was_trained_once(tmp_path, "broken", whole_grids)
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "copernicus")
+    (tracked,) = tracker.client.search_runs([tracker.experiment_id])
+    history = tracker.client.get_metric_history(tracked.info.run_id, "train/workers")
+    workers = [m.value for m in sorted(history, key=lambda m: m.step)]
+    assert sorted(workers, reverse=True) == workers, "two, then one"
+    assert set(workers) == {1, 2}
+    assert sorted(m.step for m in history) == list(range(1, EPOCHS * DRAWS * GRIDS // 8 + 1))
 
 
 @pytest.mark.slow
