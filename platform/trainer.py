@@ -4,7 +4,6 @@ come and go."""
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -51,7 +50,7 @@ def kept_for_reading(cpus: float) -> Iterator[None]:
     )
 
     coordinator, name = get_or_create_autoscaling_coordinator(), f"reading-{ray.get_runtime_context().get_job_id()}"
-    bundles = [{"CPU": 1.0}] * math.ceil(cpus)
+    bundles = [{"CPU": part} for part in (*[1.0] * int(cpus), cpus % 1) if part]
 
     def renew() -> None:
         request = coordinator.request_resources.remote(
