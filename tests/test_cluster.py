@@ -141,7 +141,7 @@ def test_nothing_but_ssh_is_offered_to_who_has_no_token(cluster):
     assert cluster.head.run(f"{asked} {token}").stdout == "200"
 
 
-@pytest.mark.slow
+@pytest.mark.chaos  # three minutes, nearly all of them waiting
 def test_down_stops_every_node(cluster):
     """The last test of this cluster. `ray down` stops the head of a `local` cluster; the other nodes end when they have
     looked for it in vain (RAY_gcs_rpc_server_reconnect_timeout_s in the file)."""
