@@ -36,8 +36,8 @@ class Attempts(ControllerCallback, WorkerGroupCallback):
     """For ``RunConfig(callbacks=[...])``, beside ``FailureConfig(max_failures=-1)``.
 
     A step further than any before is progress; a checkpoint is not asked for, since Ray's controller hears of it up to two
-    seconds later, and never if the worker dies before. A preemption is told and not counted. A run that ends through this raises
-    ``ray.train.ControllerError`` from ``fit()``, whose ``controller_failure`` is a `TooManyFailures`.
+    seconds later, and never if the worker dies before. A preemption is told and not counted. A run that ends through this
+    raises ``ray.train.ControllerError`` from ``fit()``, whose ``controller_failure`` is a `TooManyFailures`.
 
     Args:
         tell: takes one line for each failure and each wait; is called in the controller's process, must be picklable,

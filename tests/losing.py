@@ -145,7 +145,8 @@ class Row:
 @dataclass(frozen=True)
 class Outcome:
     """What all troubles of a run came to. Lost: samples trained less often, or more, than asked; steps whose loss is missing
-    or there twice. ``workers``: how many trained, at one time or another. Differences: the largest of a weight, and of a step's loss, to those of a run that was left alone."""
+    or there twice. ``workers``: how many trained, at one time or another. Differences: the largest of a weight, and of a
+    step's loss, to those of a run that was left alone."""
 
     rows: list[Row]
     samples_lost: int

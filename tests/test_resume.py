@@ -27,6 +27,8 @@ from copernicus.platform.tracking import Tracker
 EPOCHS, DRAWS, GRIDS = 60, 2, 24
 FEW = "pretrain.sensors=[s1_grd,s2_toa,s5p_o3]"
 """A step costs a fifth without DEM's many generated weights, and the ranks meet different sensors all the same."""
+OFTEN = ("pretrain.val_fraction=0", "pretrain.checkpoint_minutes=0.05", "pretrain.checkpoint_every=1000")
+"""A checkpoint every three seconds, and no other."""
 SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
 """A node whose raylet was killed is known as dead after some 15 s, not 60."""
 
@@ -109,10 +111,8 @@ def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids):
     rng = random.Random(int(time.time()))  # other moments each time
     settings = (
         FEW,
-        "pretrain.val_fraction=0",
+        *OFTEN,
         "pretrain.max_failures=40",  # kills may come before a run is further than it was at the last
-        "pretrain.checkpoint_minutes=0.05",
-        "pretrain.checkpoint_every=1000",
     )
     with cluster() as nodes:
         whole = Run(tmp_path, pretraining(tmp_path, whole_grids, "whole"), nodes.address, *settings)
@@ -155,9 +155,7 @@ def test_another_number_of_workers_goes_on_with_the_next_sample(tmp_path, whole_
     """Two workers, killed; one, killed; two again. Sums over ranks round otherwise, so weights agree to tolerance."""
     settings = (
         FEW,
-        "pretrain.val_fraction=0",
-        "pretrain.checkpoint_minutes=0.05",
-        "pretrain.checkpoint_every=1000",
+        *OFTEN,
         "pretrain.blr=0.001",
     )
     with cluster() as nodes:
@@ -190,9 +188,7 @@ def test_an_elastic_run_goes_on_with_the_worker_that_is_left(tmp_path, whole_gri
         "pretrain.workers=[1,2]",
         "pretrain.cpus_per_worker=1.5",
         "pretrain.data_cpus=0.5",
-        "pretrain.val_fraction=0",
-        "pretrain.checkpoint_minutes=0.05",
-        "pretrain.checkpoint_every=1000",
+        *OFTEN,
     )
     with cluster() as nodes:
         lost = nodes.add_node(num_cpus=2)
