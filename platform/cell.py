@@ -23,10 +23,10 @@ from copernicus.datasets.bench.task import Task
 from copernicus.datasets.sensors import InputError
 from copernicus.platform.checkpoint import architecture
 from copernicus.platform.encoding import FLIPS
-from copernicus.platform.experiment import FROZEN, QUICK, Model, Sweep
 from copernicus.platform.features import TaskFeatures, encode_task
 from copernicus.platform.journal import FAILED, FINAL, FINISHED, SEARCH, STOPPED, Trial, as_numbers, best_trial
 from copernicus.platform.language import open_language
+from copernicus.platform.schema import FROZEN, QUICK, Model, Sweep
 from copernicus.platform.search_space import optuna_search, planned, trial_count
 
 WORTH_A_WORKER = 2000

@@ -27,8 +27,8 @@ def miniature(
     Writes only what is not there yet: ask again with other --tasks to add some.
     """
     from copernicus.datasets.sensors import InputError
-    from copernicus.platform.experiment import SCALES, Miniature
     from copernicus.platform.run import make_miniature
+    from copernicus.platform.schema import SCALES, Miniature
 
     if scale not in SCALES:
         raise InputError(f"--scale: no {scale!r}; valid choices: {', '.join(SCALES)}")

@@ -23,7 +23,8 @@ from copernicus.platform import doctor_checks as checks
 from copernicus.platform.doctor_checks import FAIL, OK, Finding, over_nodes
 from copernicus.platform.doctor_nodes import Probe, existing, node_names, versions
 from copernicus.platform.doctor_services import authentication, check_tracking
-from copernicus.platform.experiment import Experiment, load_experiment
+from copernicus.platform.experiment import load_experiment
+from copernicus.platform.schema import Experiment
 from copernicus.platform.tracking import mask
 
 MARK = "copernicus-doctor: "

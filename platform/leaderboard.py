@@ -14,7 +14,7 @@ import numpy as np
 from copernicus.datasets.bench.task import Task
 from copernicus.datasets.bench.tasks import get_task
 from copernicus.datasets.sensors import InputError
-from copernicus.platform.experiment import QUICK
+from copernicus.platform.schema import QUICK
 from copernicus.platform.statistics import COVERAGE, Summary, resample, summarise
 
 if TYPE_CHECKING:

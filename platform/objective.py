@@ -20,7 +20,7 @@ from copernicus.models.language import LanguageTable
 from copernicus.models.masked_autoencoder import MaskedAutoencoder
 from copernicus.models.published import blank_batch
 from copernicus.models.zoo import create_model
-from copernicus.platform.experiment import Pretrain
+from copernicus.platform.schema import Pretrain
 from copernicus.platform.to_device import tensors
 
 CHECKPOINT_FILE = "checkpoint.pt"

@@ -16,7 +16,6 @@ from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.models.distillation import RGB_CHANNELS, RGB_SENSOR
 from copernicus.models.flops import Image, Part, Shape, autoencoder, block, forward_flops, training_flops
 from copernicus.models.zoo import ZOO
-from copernicus.platform.experiment import Experiment, Pretrain
 from copernicus.platform.measured import (
     ASSUMED,
     CHECKPOINT_S,
@@ -39,6 +38,7 @@ from copernicus.platform.measured import (
 )
 from copernicus.platform.model_memory import ModelSize, model_size
 from copernicus.platform.plan_data import Data, describe
+from copernicus.platform.schema import Experiment, Pretrain
 
 TEACHER_DIM, TEACHER_DEPTH, TEACHER_PATCH = 768, 12, 14
 """The published teacher, DINOv2 ViT-B/14 (arXiv 2304.07193)."""

@@ -29,8 +29,8 @@ from copernicus.datasets.shards import LEADING_AXES, STORED_DTYPE, grid_key
 from copernicus.datasets.slices import DrawReader
 from copernicus.datasets.storage import Stamp
 from copernicus.datasets.survey import SensorAt
-from copernicus.platform.experiment import Experiment, Miniature, Pretrain
 from copernicus.platform.measured import ASSUMED, ATMOSPHERE_DATES, COUNTED, GRIDS, STORED_DATES, STORED_PATCHES
+from copernicus.platform.schema import Experiment, Miniature, Pretrain
 
 SURVEYED = 8
 """Shards whose headers are read where there is no index; the others are taken to be like them."""

@@ -10,10 +10,10 @@ import torch
 from copernicus.models.flops import training_flops
 from copernicus.models.masked_autoencoder import parameter_groups
 from copernicus.models.zoo import create_model
-from copernicus.platform.experiment import Pretrain
 from copernicus.platform.measured import MEASURED
 from copernicus.platform.objective import autocast_dtype
 from copernicus.platform.plan import Rate, images, step_parts
+from copernicus.platform.schema import Pretrain
 
 SECONDS = 4.0
 LONGEST_S = 2.0

@@ -21,7 +21,6 @@ from copernicus.models.patches import token_grid
 from copernicus.models.zoo import ZOO
 from copernicus.platform.cell import Cell
 from copernicus.platform.encoding import FLIPS
-from copernicus.platform.experiment import FROZEN, QUICK, Experiment, Model, Pretrain, Sweep
 from copernicus.platform.measured import (
     ASSUMED,
     COUNTED,
@@ -34,6 +33,7 @@ from copernicus.platform.measured import (
 from copernicus.platform.plan import Cluster, Rate, processor_rate
 from copernicus.platform.plan_table import Line, nodes, size, span
 from copernicus.platform.probe import ProbeSettings, make_head
+from copernicus.platform.schema import FROZEN, QUICK, Experiment, Model, Pretrain, Sweep
 
 TRAINED = 3
 """Forward and backward, in forwards."""

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from copernicus.datasets.sensors import InputError
-from copernicus.platform.experiment import Experiment, Pretrain
 from copernicus.platform.measured import ASSUMED, CHECKPOINT_S, COUNTED, GIVEN, H100_PEAK_GB, MEASURED, READ_MS, START_S
 from copernicus.platform.plan import BACKWARD_SHARE, PretrainPlan, cluster_of, plan_pretrain
+from copernicus.platform.schema import Experiment, Pretrain
 
 
 class Line(NamedTuple):

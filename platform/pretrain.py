@@ -22,13 +22,13 @@ from copernicus.datasets.raw_index import survey_layout, unknown_offsets
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import Problem
 from copernicus.models.teacher import load_teacher
-from copernicus.platform.experiment import Pretrain
 from copernicus.platform.hang_watch import HangReports
 from copernicus.platform.indexing import open_index
 from copernicus.platform.language import open_language
 from copernicus.platform.mailbox import Listener, new_mailbox, note, reached
 from copernicus.platform.objective import CHECKPOINT_FILE, Plan
 from copernicus.platform.pretrain_worker import train_worker
+from copernicus.platform.schema import Pretrain
 from copernicus.platform.session import autoscales
 from copernicus.platform.shared_storage import marked
 from copernicus.platform.skipped import grids_of, too_many_skipped

@@ -22,9 +22,9 @@ from rich.markup import escape
 
 from copernicus.datasets.sensors import InputError
 from copernicus.platform.board_files import read_leaderboard
-from copernicus.platform.experiment import Experiment, Miniature, Pretrain, Sweep
 from copernicus.platform.language import language_warning, variables
 from copernicus.platform.progress import progress_bar, short_path, spell_time
+from copernicus.platform.schema import Experiment, Miniature, Pretrain, Sweep
 from copernicus.platform.session import autoscales, ray_session
 from copernicus.platform.shared_storage import SILENT, not_shared
 from copernicus.platform.tables import terminal

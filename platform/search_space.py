@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from copernicus.datasets.order import generator
-from copernicus.platform.experiment import Space
 from copernicus.platform.journal import FINISHED, STOPPED, Trial
+from copernicus.platform.schema import Space
 
 Settings = dict[str, float]
 

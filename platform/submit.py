@@ -27,9 +27,10 @@ from copernicus.platform.cluster import (
     exit_code,
     how_it_ended,
 )
-from copernicus.platform.experiment import Experiment, load_experiment
+from copernicus.platform.experiment import load_experiment
 from copernicus.platform.following import Lines, follow
 from copernicus.platform.progress import spell_time
+from copernicus.platform.schema import Experiment
 from copernicus.platform.shipping import pack
 from copernicus.platform.tracking import TRAINING, git_commit, user_name
 

@@ -21,9 +21,9 @@ from copernicus.datasets.sensors import InputError
 from copernicus.models.sources import is_remote
 from copernicus.platform.cell import Cell, CellRunner, last_line
 from copernicus.platform.checkpoint import trained_language
-from copernicus.platform.experiment import Encoder, Pretrain, Sweep
 from copernicus.platform.journal import FINAL, FINISHED, Journal, Trial
 from copernicus.platform.language import language_warning, open_language, variables
+from copernicus.platform.schema import Encoder, Pretrain, Sweep
 from copernicus.platform.session import autoscales
 
 POLL = 0.2  # seconds between looks at what the cells have to say

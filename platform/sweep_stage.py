@@ -13,10 +13,10 @@ from rich.console import Console
 from copernicus.datasets.bench import get_task
 from copernicus.platform.board_files import write_leaderboard
 from copernicus.platform.cell import Cell
-from copernicus.platform.experiment import Experiment, Sweep
 from copernicus.platform.journal import FAILED, FINAL, FINISHED, STOPPED, Journal, Trial
 from copernicus.platform.leaderboard import Leaderboard, Score
 from copernicus.platform.progress import progress_bar
+from copernicus.platform.schema import Experiment, Sweep
 from copernicus.platform.spool import Spool
 from copernicus.platform.sweep import cells, cells_language, sweep
 from copernicus.platform.tracking import FAILED as RUN_FAILED

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from copernicus.models.teacher import DinoTeacher, load_teacher
-from copernicus.platform.experiment import Distill
+from copernicus.platform.schema import Distill
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from copernicus.datasets.shards import write_shards
 from copernicus.models import create_model, load_weights
 from copernicus.models.distillation import distillation_loss
 from copernicus.models.teacher import load_teacher
-from copernicus.platform.experiment import Distill
 from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, freeze_unreached
+from copernicus.platform.schema import Distill
 from copernicus.platform.to_device import tensors
 
 

@@ -12,7 +12,8 @@ import yaml
 
 from copernicus.datasets.bench import TASKS
 from copernicus.datasets.sensors import SENSORS
-from copernicus.platform.experiment import Distill, Experiment, ExperimentError, Pretrain, load_experiment
+from copernicus.platform.experiment import ExperimentError, load_experiment
+from copernicus.platform.schema import Distill, Experiment, Pretrain
 
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 

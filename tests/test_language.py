@@ -18,8 +18,9 @@ from test_weights import model
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.models import LanguageTable, load_weights
 from copernicus.platform.checkpoint import trained_language
-from copernicus.platform.experiment import Encoder, ExperimentError, Pretrain, Sweep, load_experiment
+from copernicus.platform.experiment import ExperimentError, load_experiment
 from copernicus.platform.language import language_warning, variables
+from copernicus.platform.schema import Encoder, Pretrain, Sweep
 from copernicus.platform.sweep import cells, cells_language
 
 NAMES = ["Sentinel 5P Ozone", "Sentinel 5P Nitrogen Dioxide"]

@@ -9,7 +9,8 @@ from copernicus.datasets.bench import TASKS as BENCH_TASKS
 from copernicus.datasets.miniature.tasks import TASKS
 from copernicus.datasets.sensors import InputError
 from copernicus.platform.cli import app
-from copernicus.platform.experiment import ExperimentError, Miniature, load_experiment
+from copernicus.platform.experiment import ExperimentError, load_experiment
+from copernicus.platform.schema import Miniature
 
 TEXT = """
 name: trial

@@ -26,13 +26,14 @@ from copernicus.models.distillation import RGB_SENSOR, imitation_loss, rgb_view
 from copernicus.models.flops import Image, Shape, autoencoder, forward_flops, training_flops
 from copernicus.models.masked_autoencoder import MaskedAutoencoder, parameter_groups
 from copernicus.platform.cli import app
-from copernicus.platform.experiment import Distill, Experiment, Model, Pretrain, load_experiment
+from copernicus.platform.experiment import load_experiment
 from copernicus.platform.measured import GIVEN, Constant
 from copernicus.platform.model_memory import model_size
 from copernicus.platform.objective import PerRowLoss, Plan, build_autoencoder, freeze_unreached
 from copernicus.platform.parallel import whole_state
 from copernicus.platform.plan import Cluster, PretrainPlan, Rate, cluster_of, images, plan_pretrain, step_parts
 from copernicus.platform.plan_sweep import plan_sweep
+from copernicus.platform.schema import Distill, Experiment, Model, Pretrain
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 TINY = {"embed_dim": 32, "depth": 2, "decoder_embed_dim": 16, "decoder_depth": 1}

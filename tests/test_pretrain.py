@@ -26,7 +26,6 @@ from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.slices import DrawReader
 from copernicus.models import create_model, load_weights
 from copernicus.platform.checkpoint import architecture, trained_language
-from copernicus.platform.experiment import Model, Pretrain
 from copernicus.platform.objective import (
     CHECKPOINT_FILE,
     PerRowLoss,
@@ -38,6 +37,7 @@ from copernicus.platform.objective import (
 )
 from copernicus.platform.pretrain import PretrainFailed, check_resources, pretrain
 from copernicus.platform.pretrain_worker import backward, split, written
+from copernicus.platform.schema import Model, Pretrain
 from copernicus.platform.to_device import tensors
 
 TINY = Model("copernicus_fm_base", embed_dim=32, depth=2, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)  # fmt: skip

@@ -19,8 +19,9 @@ from copernicus.datasets.published import published_apply_crop, published_crop_m
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.slices import DrawReader
 from copernicus.models.published import blank_batch
-from copernicus.platform.experiment import Pretrain, load_experiment
+from copernicus.platform.experiment import load_experiment
 from copernicus.platform.objective import build_autoencoder
+from copernicus.platform.schema import Pretrain
 
 GOLDENS = load_file(Path(__file__).parent / "goldens" / "misc.safetensors")
 ALL = tuple(SENSORS.values())

@@ -337,7 +337,7 @@ def at_work(process: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for Ray's workers in /proc")
 def test_interrupted_killed_and_its_workers_killed(raw, long_list, tmp_path):
-    arguments = [raw[0], "--fnames", long_list, "--grids-per-shard", "2", "--out"]
+    arguments = [raw[0], "--fnames", long_list, "--grids-per-shard", "1", "--out"]
     convert(*arguments, tmp_path / "whole")
     out = tmp_path / "out"
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from copernicus.datasets.miniature import write
 from copernicus.datasets.miniature.pretrain import PretrainScale
 from copernicus.datasets.miniature.tasks import TaskScale
-from copernicus.platform.experiment import Miniature
 from copernicus.platform.progress import progress_bar
 from copernicus.platform.run import State, make_miniature, write_atomically
+from copernicus.platform.schema import Miniature
 
 
 def off_terminal() -> tuple[Console, io.StringIO]:

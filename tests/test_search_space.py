@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from copernicus.platform.experiment import Space
 from copernicus.platform.journal import FAILED, FINISHED, SEARCH, STOPPED, Trial
+from copernicus.platform.schema import Space
 from copernicus.platform.search_space import optuna_search, planned, trial_count
 
 LR = Space(low=1e-4, high=1.0)

@@ -17,8 +17,8 @@ from bench_files import write_eurosat
 
 from copernicus.datasets import InputError
 from copernicus.platform.cell import Cell
-from copernicus.platform.experiment import Encoder, Model, Space, Sweep
 from copernicus.platform.journal import FAILED, FINAL, FINISHED, SEARCH, STOPPED, Journal
+from copernicus.platform.schema import Encoder, Model, Space, Sweep
 from copernicus.platform.session import ray_session
 from copernicus.platform.sweep import SweepFailed, cells, sweep, trial_slots
 

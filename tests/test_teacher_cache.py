@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from copernicus.models.teacher import DinoTeacher, load_teacher
-from copernicus.platform.experiment import Distill
+from copernicus.platform.schema import Distill
 from copernicus.platform.teacher_cache import CachedTeacher, FeatureStore, open_teacher
 
 DIM = 5

@@ -31,10 +31,11 @@ from rich.table import Table
 from copernicus.datasets.index import index_shards
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.slices import DrawReader
-from copernicus.platform.experiment import Experiment, load_experiment
+from copernicus.platform.experiment import load_experiment
 from copernicus.platform.measured import READ_MB_S, Constant
 from copernicus.platform.plan import Cluster, PretrainPlan, Rate, plan_pretrain, read_seconds
 from copernicus.platform.plan_here import measure_here
+from copernicus.platform.schema import Experiment
 
 SMOKE = Path(__file__).resolve().parents[2] / "experiments" / "pretrain_base_smoke.yaml"
 _NAMES = tuple(SENSORS)

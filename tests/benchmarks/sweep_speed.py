@@ -32,11 +32,11 @@ from copernicus.datasets.order import generator
 from copernicus.models import create_encoder
 from copernicus.platform.cell import Cell
 from copernicus.platform.encoding import FLIPS
-from copernicus.platform.experiment import Encoder, Experiment, Model, Space, Sweep
 from copernicus.platform.features import TaskFeatures, encode_task
 from copernicus.platform.journal import FINAL, SEARCH, Trial
 from copernicus.platform.live_split import LiveSplit
 from copernicus.platform.probe import ProbeSettings, run_probe
+from copernicus.platform.schema import Encoder, Experiment, Model, Space, Sweep
 from copernicus.platform.session import ray_session
 from copernicus.platform.spool import Spool
 from copernicus.platform.sweep import cells, sweep

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copernicus.platform.experiment import Model, Pretrain
+from copernicus.platform.schema import Model, Pretrain
 
 SEED = 0
 
