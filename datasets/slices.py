@@ -187,7 +187,7 @@ class DrawReader:
     def _fill(self, sample: Draw, grid: GridEntry, epoch: int, draw: int) -> None:
         choices = self.choose(grid, epoch, draw)
         if any(choice.where.files for choice in choices.values()):
-            loaded = _load_raw(grid, choices, sample.problems, self.s2_offset)
+            loaded = load_raw(grid, choices, sample.problems, self.s2_offset)
         else:
             loaded = load_shard(grid, choices, sample.problems)
         resample = published_apply_crop if self.published else apply_crop
@@ -197,15 +197,18 @@ class DrawReader:
             crop = dataclasses.replace(choice.crop, top=choice.crop.top - choice.rows.start)
             sample.images[sensor.name][:] = resample(image_CHW, crop, self.sizes[sensor.name])
             sample.present[index] = True
-            sample.metadata[index] = self._metadata(grid, choice, choices)
+            sample.metadata[index] = self.locate(grid, choice, choices)
             if self.augment:
                 unknown = choice.rng.random(3) < self.metadata_drop  # place, time, area
                 sample.metadata[index, np.repeat(unknown, (2, 1, 1))] = np.nan
             choice.rng.random(dtype=np.float32, out=sample.noise[sensor.name])
 
-    def _metadata(
+    def locate(
         self, grid: GridEntry, choice: Choice, choices: Mapping[int, Choice]
     ) -> tuple[float, float, float, float]:
+        """lon, lat (degrees), days since 1970-01-01 and token area (km^2) of what a choice shows; NaN where unknown.
+
+        ``choices``: of all sensors of the draw."""
         sensor, where, at = choice.sensor, choice.where, choice.at
         lon, lat = grid.lon, grid.lat
         if len(at) == 2 and where.lon[at[0]] is not None:
@@ -259,7 +262,7 @@ def load_shard(grid: GridEntry, choices: Mapping[int, Choice], problems: list[Pr
     return images
 
 
-def _load_raw(
+def load_raw(
     grid: GridEntry, choices: Mapping[int, Choice], problems: list[Problem], s2_offset: str
 ) -> dict[int, np.ndarray]:
     """As `load_shard`, from the raw layout's files."""

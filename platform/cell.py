@@ -20,12 +20,10 @@ from typing import Any
 from copernicus.datasets.bench import get_task
 from copernicus.datasets.bench.reader import TaskDataset
 from copernicus.datasets.bench.task import Task
-from copernicus.datasets.sensors import InputError
-from copernicus.platform.checkpoint import architecture
+from copernicus.platform.encoders import open_encoder
 from copernicus.platform.encoding import FLIPS
 from copernicus.platform.features import TaskFeatures, encode_task
 from copernicus.platform.journal import FAILED, FINAL, FINISHED, SEARCH, STOPPED, Trial, as_numbers, best_trial
-from copernicus.platform.language import open_language
 from copernicus.platform.schema import FROZEN, QUICK, Model, Sweep
 from copernicus.platform.search_space import optuna_search, planned, trial_count
 
@@ -70,31 +68,9 @@ class Cell:
         return 0 if self.protocol in QUICK else trial_count(settings.search, settings.searcher, settings.trials)
 
 
-def resolved(name: str, sizes: dict[str, int]) -> tuple[str, dict[str, Any]]:
-    """A model with all its sizes, those that its name gives among them."""
-    from copernicus.models.zoo import ZOO
-
-    return name, {**(ZOO[name][1] if name in ZOO else {}), **sizes}
-
-
 def build_encoder(cell: Cell) -> Any:
     """The cell's encoder in evaluation mode, frozen unless it is tuned; those of the zoo pool their patch tokens."""
-    from copernicus.models.weights import load_weights
-    from copernicus.models.zoo import create_encoder
-
-    sizes = cell.model.encoder_overrides()
-    # Shapes do not tell the number of heads: a checkpoint of ours says what it is.
-    known = None if cell.weights == "none" else architecture(cell.weights)
-    if known is not None and resolved(*known) != resolved(cell.model.name, sizes):
-        raise InputError(
-            f"encoder {cell.name}: {cell.weights} is of {known[0]} {known[1]}, not {cell.model.name} {sizes}"
-        )
-    # An encoder that knows no language has no such argument.
-    language = {"language": open_language(cell.language)} if cell.language else {}
-    model = create_encoder(cell.model.name, get_task(cell.task).sensor, cell.seed, **sizes, **language)
-    if cell.weights != "none":
-        load_weights(model, cell.weights)
-    model.eval()
+    model = open_encoder(cell.name, cell.model, cell.weights, get_task(cell.task).sensor, cell.seed, cell.language)
     return model.requires_grad_(False) if cell.protocol in FROZEN else model
 
 

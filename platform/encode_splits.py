@@ -257,13 +257,13 @@ def _with_ray(pool: Pool, encoder: Any, jobs: Sequence[Job], precision: Precisio
         for row in rows.iter_rows():
             yield row["job"], Chunk.from_json(row["chunk"])
     except RayTaskError as error:
-        cause = _cause(error)
+        cause = cause_of(error)
         if isinstance(cause, (OSError, ValueError)):
             raise cause from None
         raise
 
 
-def _cause(error: BaseException) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """What a worker's own code raised, from beneath what Ray wraps it in."""
     seen = error
     while (below := getattr(seen, "cause", None) or seen.__cause__) is not None:

@@ -56,6 +56,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), here: bool 
     if isinstance(section := plain.get("pretrain"), dict) and section.get("preset") == "published":
         plain["pretrain"] = {**PUBLISHED, **section}
     experiment = _typed(plain, source)
+    experiment = _with_images(experiment)
     from copernicus.datasets.bench import select_tasks
     from copernicus.platform.validation import validate  # which reads the schema above
 
@@ -64,6 +65,19 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), here: bool 
         named = dataclasses.replace(experiment.sweep, tasks=select_tasks(experiment.sweep.tasks))
         experiment = dataclasses.replace(experiment, sweep=named)
     return experiment
+
+
+def _with_images(experiment: Experiment) -> Experiment:
+    """What is embedded is, where nothing else is said, what was pretrained on, at the same sizes."""
+    given, own = experiment.embed, experiment.pretrain
+    if given is None or own is None:
+        return experiment
+    if not given.shards and not given.geotiffs:
+        given = dataclasses.replace(
+            given, shards=own.shards, geotiffs=own.geotiffs, s2_offset=own.s2_offset, index=given.index or own.index
+        )
+    given = dataclasses.replace(given, image_size={**own.image_size, **given.image_size})
+    return dataclasses.replace(experiment, embed=given)
 
 
 def _read(source: str, overrides: Sequence[str], passwords: bool) -> DictConfig:

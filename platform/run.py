@@ -24,7 +24,7 @@ from copernicus.datasets.sensors import InputError
 from copernicus.platform.board_files import read_leaderboard
 from copernicus.platform.language import language_warning, variables
 from copernicus.platform.progress import progress_bar, short_path, spell_time
-from copernicus.platform.schema import Experiment, Miniature, Pretrain, Sweep
+from copernicus.platform.schema import STAGES, Climate, Embed, Experiment, Miniature, Pretrain, Sweep
 from copernicus.platform.session import autoscales, ray_session
 from copernicus.platform.shared_storage import SILENT, not_shared
 from copernicus.platform.tables import terminal
@@ -90,7 +90,7 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
         console.print("This experiment is finished; its results follow. [dim]--fresh runs it anew.[/]")
         _closing(experiment, state, tracker, console)
         return
-    sections = [n for n in ("miniature", "pretrain", "sweep") if getattr(experiment, n) is not None]
+    sections = [n for n in ("miniature", *STAGES) if getattr(experiment, n) is not None]
     if experiment.kind != "pipeline":
         sections = [n for n in sections if n in ("miniature", experiment.kind)]
     seconds: dict[str, float] = state.get("seconds") or {}
@@ -125,6 +125,16 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
             with _stage("sweep", sections, seconds, console):
                 assert experiment.sweep is not None
                 failed = _sweep(experiment, experiment.sweep, checkpoint, state, tracker, parent, console)
+            state.set(seconds=seconds)
+        if "embed" in sections:
+            with _stage("embed", sections, seconds, console):
+                assert experiment.embed is not None
+                _embed(experiment, experiment.embed, checkpoint, state, tracker, parent, console)
+            state.set(seconds=seconds)
+        if "climate" in sections:
+            with _stage("climate", sections, seconds, console):
+                assert experiment.climate is not None
+                _climate(experiment, experiment.climate, state, tracker, parent, console)
             state.set(seconds=seconds)
         parent.metrics({f"seconds/{name}": s for name, s in seconds.items()})
     state.set(done=not failed, seconds=seconds)
@@ -355,6 +365,54 @@ def _sweep(
     return run_sweep(experiment, settings, checkpoint, run_for, tracker, parent, console)
 
 
+def _embed(
+    experiment: Experiment,
+    settings: Embed,
+    checkpoint: Path | None,
+    state: State,
+    tracker: Tracker,
+    parent: Run,
+    console: Console,
+) -> None:
+    from copernicus.platform.embed_stage import run_embed
+
+    if state.get("embedded"):
+        console.print(f"  done before: {short_path(experiment.folder / 'embed')}")
+        return
+    single = experiment.kind == "embed"
+    tags = {"kind": "embed", "experiment": experiment.name}
+    run = parent if single else tracker.start("embed", tags, parent, state.get("embed_run_id"))
+    state.set(embed_run_id=run.id)
+
+    def seen(fingerprint: str) -> None:
+        if state.get("embedded_data") not in (None, fingerprint):
+            raise InputError(
+                "embed.shards: the shards have changed since this run began; put them back, or give --fresh to start anew"
+            )
+        state.set(embedded_data=fingerprint)
+        run.tags({"data_fingerprint": fingerprint})
+        if not single:
+            run.parameters({k: v for k, v in experiment.parameters().items() if k.startswith("embed.")})
+
+    with contextlib.nullcontext() if single else run.ending():
+        run_embed(experiment, settings, checkpoint, run, seen, console)
+    state.set(embedded=True)
+
+
+def _climate(
+    experiment: Experiment, settings: Climate, state: State, tracker: Tracker, parent: Run, console: Console
+) -> None:
+    from copernicus.platform.climate_stage import run_climate
+
+    single = experiment.kind == "climate"
+    tags = {"kind": "climate", "experiment": experiment.name}
+    run = parent if single else tracker.start("climate", tags, parent, state.get("climate_run_id"))
+    state.set(climate_run_id=run.id)
+    embedded = experiment.folder / "embed" if state.get("embedded") else None
+    with contextlib.nullcontext() if single else run.ending():
+        run_climate(experiment, settings, embedded, run, console)
+
+
 def _closing(
     experiment: Experiment, state: State, tracker: Tracker, console: Console, seconds: float | None = None
 ) -> None:
@@ -377,6 +435,9 @@ def _closing(
     lines = []
     if has_scores:
         lines.append(("Leaderboard", f"{short_path(folder / 'leaderboard.html')} (open it), .md, .csv, .png beside it"))
+    if state.get("embedded"):
+        lines.append(("Embeddings", f"{short_path(folder / 'embed')}/ (images/, grids.parquet, map.*)"))
+        lines.append(("  neighbours", f"copernicus similar {short_path(folder)} --lon LON --lat LAT"))
     if (folder / "pictures").exists():
         lines.append(("Pictures", f"{short_path(folder / 'pictures')}/"))
     if not tracker.uri.startswith("http"):
@@ -397,8 +458,13 @@ def _closing(
 
 @contextlib.contextmanager
 def _stage(name: str, sections: list[str], seconds: dict[str, float], console: Console) -> Iterator[None]:
-    titles = {"miniature": "miniature Earth", "pretrain": "pretraining", "sweep": "sweep"}
-    console.print(f"[bold]{sections.index(name) + 1}/{len(sections)} {titles[name]}[/]")
+    titles = {
+        "miniature": "miniature Earth",
+        "pretrain": "pretraining",
+        "embed": "embedding",
+        "climate": "climate probe",
+    }
+    console.print(f"[bold]{sections.index(name) + 1}/{len(sections)} {titles.get(name, name)}[/]")
     started = time.monotonic()
     try:
         yield

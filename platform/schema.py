@@ -211,8 +211,48 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Embed:
+    """Every image of the shards through a frozen encoder: a row an image, their mean a grid, the map of the globe.
+
+    ``encoder``: as in a sweep. ``shards``, ``geotiffs``, ``s2_offset``, ``index``: as in pretrain; without shards or
+    geotiffs, they are pretrain's."""
+
+    encoder: Encoder = field(default_factory=Encoder)
+    shards: list[str] = field(default_factory=list)
+    geotiffs: Optional[str] = None
+    s2_offset: str = "auto"
+    index: Optional[str] = None
+    sensors: list[str] = field(default_factory=lambda: list(SENSORS))
+    image_size: dict[str, int] = field(default_factory=dict)
+    batch_size: int = 64  # images of one sensor
+    precision: str = "float32"  # or bf16 (autocast)
+    grids_per_chunk: int = 128  # what is lost with a worker; a parquet file each
+    formats: list[str] = field(default_factory=lambda: ["npz", "pt", "zarr"])  # of the map
+    workers: Optional[int] = None  # none: as many as the cluster has room for
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    max_skipped: float = 0.05  # of the images
+
+
+@dataclass(frozen=True)
+class Climate:
+    """How much of the climate embeddings tell: ridge regressions from places, embeddings and both to values of cells.
+
+    ``targets``: NetCDF or parquet on a 0.25-degree grid. ``embeddings``: the folder of a finished embed stage, or its
+    grids.parquet; left out, this experiment's."""
+
+    targets: str = ""
+    variables: Optional[list[str]] = None  # none: all that the targets have
+    embeddings: Optional[str] = None
+    inputs: list[str] = field(default_factory=lambda: ["coordinates", "harmonics", "embeddings", "both"])
+    splits: list[str] = field(default_factory=lambda: ["random", "blocks"])
+    block_degrees: float = 10.0  # of the spatial blocks
+    cells: Optional[int] = 10000  # drawn at random; none: all
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """One experiment. ``kind`` says what runs: pretrain, sweep, or pipeline (every section given, in this order)."""
+    """One experiment. ``kind`` says what runs: one of the sections, or pipeline (every section given, in this order)."""
 
     name: str = "experiment"
     kind: str = "pipeline"
@@ -222,6 +262,8 @@ class Experiment:
     miniature: Optional[Miniature] = None
     pretrain: Optional[Pretrain] = None
     sweep: Optional[Sweep] = None
+    embed: Optional[Embed] = None
+    climate: Optional[Climate] = None
 
     @property
     def fingerprint(self) -> str:
@@ -263,11 +305,19 @@ WITHOUT_EFFECT = (
     "pretrain.compile", "pretrain.activation_checkpointing", "pretrain.workers", "pretrain.micro_batch_size", "pretrain.hang_minutes", "pretrain.parallel", "pretrain.cpus_per_worker", "pretrain.gpus_per_worker", "pretrain.data_cpus",
     "pretrain.index", "pretrain.distill.cache", "pretrain.checkpoint_every", "pretrain.checkpoint_minutes", "pretrain.keep_checkpoints", "pretrain.max_failures", "pretrain.max_skipped",
     "sweep.cache", "sweep.cache_gb", "sweep.features", "sweep.max_concurrent", "sweep.cpus_per_trial", "sweep.gpus_per_trial",
+    "embed.index", "embed.formats", "embed.workers", "embed.cpus_per_worker", "embed.gpus_per_worker", "embed.max_skipped",
 )  # fmt: skip
 """Keys (and sections) that leave the results as they are."""
 PUBLISHED: dict[str, Any] = {"require": "all", "metadata_drop": 0.0, "precision": "float32"}
 """Defaults of ``pretrain.preset: published``."""
-SECTIONS = {"pretrain": ("pretrain",), "sweep": ("sweep",), "pipeline": ()}
+CLIMATE_INPUTS = ("coordinates", "harmonics", "embeddings", "both")
+"""What a climate probe regresses from: place as numbers, place as spherical harmonics (a strong baseline), embeddings, or
+coordinates and embeddings."""
+CLIMATE_SPLITS = ("random", "blocks")
+CLIMATE_SUFFIXES = (".nc", ".nc4", ".parquet")
+STAGES = ("pretrain", "sweep", "embed", "climate")
+"""Sections that are run, in this order."""
+SECTIONS: dict[str, tuple[str, ...]] = {**{stage: (stage,) for stage in STAGES}, "pipeline": ()}
 NESTED = {"encoders": Encoder, "search": Space}
 
 

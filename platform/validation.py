@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import math
 import re
 from collections.abc import Sequence
@@ -19,7 +20,23 @@ from copernicus.models.language import LANGUAGE_SUFFIXES
 from copernicus.models.sources import is_remote
 from copernicus.models.zoo import ENCODERS, ZOO, check_encoder
 from copernicus.platform.experiment import ExperimentError, unknown
-from copernicus.platform.schema import PROTOCOLS, QUICK, SCALES, SECTIONS, Experiment, Model, Pretrain, Sweep
+from copernicus.platform.schema import (
+    CLIMATE_INPUTS,
+    CLIMATE_SPLITS,
+    CLIMATE_SUFFIXES,
+    PROTOCOLS,
+    QUICK,
+    SCALES,
+    SECTIONS,
+    STAGES,
+    Climate,
+    Embed,
+    Encoder,
+    Experiment,
+    Model,
+    Pretrain,
+    Sweep,
+)
 
 
 @dataclass
@@ -106,12 +123,11 @@ def validate(e: Experiment, source: str, elsewhere: bool = False) -> None:
     check.plain("name", e.name)
     if e.seed < 0:
         raise check.wrong("seed", f"must be at least 0, it is {e.seed}")
-    sections = {"pretrain": e.pretrain, "sweep": e.sweep}
     for section in SECTIONS.get(e.kind, ()):
-        if sections[section] is None:
+        if getattr(e, section) is None:
             raise check.wrong(section, f"missing: an experiment of kind {e.kind} needs this section")
-    if e.kind == "pipeline" and e.pretrain is None and e.sweep is None:
-        raise check.wrong("kind", "a pipeline needs at least one of the sections pretrain, sweep")
+    if e.kind == "pipeline" and all(getattr(e, stage) is None for stage in STAGES):
+        raise check.wrong("kind", f"a pipeline needs at least one of the sections {', '.join(STAGES)}")
 
     for i, item in enumerate(e.sweep.tasks if e.sweep else ()):  # first: a miniature's tasks are often these
         check.choice(f"sweep.tasks[{i}]", item, SELECTABLE)
@@ -133,46 +149,55 @@ def validate(e: Experiment, source: str, elsewhere: bool = False) -> None:
         _pretrain(check, e.pretrain)
     if e.sweep is not None:
         _sweep(check, e, e.sweep)
+    if e.embed is not None:
+        _embed(check, e, e.embed)
+    if e.climate is not None:
+        _climate(check, e, e.climate)
 
 
-def _pretrain(check: Check, p: Pretrain) -> None:
+def _images(check: Check, at: str, p: Pretrain | Embed) -> None:
+    """Where images come from, of which sensors, how large."""
     if not p.shards and not p.geotiffs:
-        raise check.wrong("pretrain.shards", "give shard files, folders or brace patterns, or else pretrain.geotiffs")
+        raise check.wrong(f"{at}.shards", "give shard files, folders or brace patterns, or else geotiffs")
     if p.shards and p.geotiffs:
-        raise check.wrong("pretrain.geotiffs", "shards are given too; for these images alone say pretrain.shards=[]")
+        raise check.wrong(f"{at}.geotiffs", "shards are given too; for these images alone say shards: []")
     if p.geotiffs:
-        check.exists("pretrain.geotiffs", p.geotiffs)
+        check.exists(f"{at}.geotiffs", p.geotiffs)
         if not check.elsewhere and not any(Path(p.geotiffs).glob("fnames*.json.gz")):
             raise check.wrong(
-                "pretrain.geotiffs", f"{p.geotiffs} holds no fnames*.json.gz, which lists a raw layout's images"
+                f"{at}.geotiffs", f"{p.geotiffs} holds no fnames*.json.gz, which lists a raw layout's images"
             )
         if p.index:
-            raise check.wrong("pretrain.index", "is of shards; pretrain.geotiffs needs none")
+            raise check.wrong(f"{at}.index", "is of shards; geotiffs need none")
     elif p.s2_offset != "auto":
-        raise check.wrong("pretrain.s2_offset", "is of raw images (pretrain.geotiffs); shards are taken as they are")
+        raise check.wrong(f"{at}.s2_offset", "is of raw images (geotiffs); shards are taken as they are")
     if p.index and not check.elsewhere and Path(p.index).exists():
         with open(p.index, "rb") as file:
             if file.read(4) != b"PAR1":
-                raise check.wrong("pretrain.index", f"{p.index} is not an index; make it with `copernicus data index`")
-    check.choice("pretrain.s2_offset", p.s2_offset, POLICIES)
-    check.choice("pretrain.preset", p.preset, ("default", "published"))
-    check.choice("pretrain.require", p.require, ("any", "all"))
-    check.choice("pretrain.parallel", p.parallel, ("ddp", "fsdp"))
-    check.choice("pretrain.precision", p.precision, ("auto", "float32", "bf16"))
+                raise check.wrong(f"{at}.index", f"{p.index} is not an index; make it with `copernicus data index`")
+    check.choice(f"{at}.s2_offset", p.s2_offset, POLICIES)
     for shards in p.shards:
         if "://" in shards:
             continue  # found out when it is listed
         literal = shards.split("{")[0].split("*")[0]
-        check.exists("pretrain.shards", shards if literal == shards else str(Path(literal + "x").parent))
+        check.exists(f"{at}.shards", shards if literal == shards else str(Path(literal + "x").parent))
+    if not p.sensors:
+        raise check.wrong(f"{at}.sensors", f"empty; valid choices: {', '.join(SENSORS)}")
+    for i, sensor in enumerate(p.sensors):
+        check.choice(f"{at}.sensors[{i}]", sensor, tuple(SENSORS))
+    for sensor, size in p.image_size.items():
+        check.choice(f"{at}.image_size.{sensor}", sensor, tuple(SENSORS))
+        check.multiple(f"{at}.image_size.{sensor}", size, SENSORS[sensor].patch_kernel)
+
+
+def _pretrain(check: Check, p: Pretrain) -> None:
+    _images(check, "pretrain", p)
+    check.choice("pretrain.preset", p.preset, ("default", "published"))
+    check.choice("pretrain.require", p.require, ("any", "all"))
+    check.choice("pretrain.parallel", p.parallel, ("ddp", "fsdp"))
+    check.choice("pretrain.precision", p.precision, ("auto", "float32", "bf16"))
     check.model("pretrain.model", p.model, tuple(name for name in ENCODERS if f"{name}_mae" in ZOO))
     check.language("pretrain.language", p.language)
-    if not p.sensors:
-        raise check.wrong("pretrain.sensors", f"empty; valid choices: {', '.join(SENSORS)}")
-    for i, sensor in enumerate(p.sensors):
-        check.choice(f"pretrain.sensors[{i}]", sensor, tuple(SENSORS))
-    for sensor, size in p.image_size.items():
-        check.choice(f"pretrain.image_size.{sensor}", sensor, tuple(SENSORS))
-        check.multiple(f"pretrain.image_size.{sensor}", size, SENSORS[sensor].patch_kernel)
     for key in ("epochs", "draws_per_grid", "batch_size", "blr", "micro_batch_size", "cpus_per_worker", "data_cpus", "val_every",
                 "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "clip_grad_norm", "hang_minutes"):  # fmt: skip
         check.positive(f"pretrain.{key}", getattr(p, key))
@@ -214,6 +239,19 @@ def _pretrain(check: Check, p: Pretrain) -> None:
             )
         if not check.elsewhere and importlib.util.find_spec("transformers") is None:
             raise check.wrong("pretrain.distill", "needs transformers: pip install 'copernicus-platform[distill]'")
+
+
+def _weights(check: Check, e: Experiment, here: str, encoder: Encoder, chosen: Model) -> None:
+    if encoder.weights == "pretrain":
+        if e.pretrain is None or e.kind not in ("pretrain", "pipeline"):
+            raise check.wrong(f"{here}.weights", "this experiment pretrains nothing; give a file, hf://... or none")
+        pretrained = (e.pretrain.model.name, e.pretrain.model.encoder_overrides())
+        if (chosen.name, chosen.encoder_overrides()) != pretrained:
+            raise check.wrong(
+                f"{here}.model", f"this experiment pretrains {pretrained[0]} {pretrained[1]}; leave model out"
+            )
+    elif encoder.weights != "none" and not is_remote(encoder.weights):
+        check.exists(f"{here}.weights", encoder.weights)
 
 
 def _sweep(check: Check, e: Experiment, s: Sweep) -> None:
@@ -276,16 +314,7 @@ def _sweep(check: Check, e: Experiment, s: Sweep) -> None:
         check.language(f"{here}.language", encoder.language)
         if encoder.seed < 0:
             raise check.wrong(f"{here}.seed", f"must be at least 0, it is {encoder.seed}")
-        if encoder.weights == "pretrain":
-            if e.pretrain is None or e.kind == "sweep":
-                raise check.wrong(f"{here}.weights", "this experiment pretrains nothing; give a file, hf://... or none")
-            pretrained = (e.pretrain.model.name, e.pretrain.model.encoder_overrides())
-            if (chosen.name, chosen.encoder_overrides()) != pretrained:
-                raise check.wrong(
-                    f"{here}.model", f"this experiment pretrains {pretrained[0]} {pretrained[1]}; leave model out"
-                )
-        elif encoder.weights != "none" and not is_remote(encoder.weights):
-            check.exists(f"{here}.weights", encoder.weights)
+        _weights(check, e, here, encoder, chosen)
     for name, space in s.search.items():
         here = f"sweep.search.{name}"
         check.choice(here, name, ("lr", "weight_decay", "batch_size", "epochs"))
@@ -327,3 +356,69 @@ def _sweep(check: Check, e: Experiment, s: Sweep) -> None:
     for key in ("trials", "seeds", "epochs", "batch_size", "cpus_per_trial", "cache_gb", "max_concurrent"):
         check.positive(f"sweep.{key}", getattr(s, key))
     check.positive("sweep.gpus_per_trial", s.gpus_per_trial, zero=True)
+
+
+def _embed(check: Check, e: Experiment, m: Embed) -> None:
+    _images(check, "embed", m)
+    here = "embed.encoder"
+    if m.encoder.model is not None:
+        check.model(f"{here}.model", m.encoder.model, ENCODERS)
+    elif e.pretrain is None:
+        raise check.wrong(f"{here}.model", "missing: this experiment pretrains no model to take")
+    chosen = m.encoder.model or e.pretrain.model  # type: ignore[union-attr]
+    for key in ("protocol", "blocks", "lora_rank"):
+        if getattr(m.encoder, key) is not None:
+            raise check.wrong(f"{here}.{key}", "is of a sweep's encoders; embeddings are of a frozen one")
+    arguments = {**chosen.encoder_overrides(), **({"language": ""} if m.encoder.language else {})}
+    for name in m.sensors:
+        if check.elsewhere and chosen.name not in ZOO:
+            break
+        try:
+            kind = check_encoder(chosen.name, SENSORS[name], **arguments)
+        except InputError as error:
+            raise check.wrong(here, f"{name}: {error}") from None
+        if len(m.sensors) > 1 and "sensor" in inspect.signature(kind).parameters:
+            raise check.wrong("embed.sensors", f"{chosen.name} is built for one sensor: name one, not {len(m.sensors)}")
+    if not m.encoder.weights:
+        raise check.wrong(f"{here}.weights", "empty; give none, pretrain, a file or hf://...")
+    if m.encoder.seed < 0:
+        raise check.wrong(f"{here}.seed", f"must be at least 0, it is {m.encoder.seed}")
+    check.language(f"{here}.language", m.encoder.language)
+    _weights(check, e, here, m.encoder, chosen)
+    check.choice("embed.precision", m.precision, ("float32", "bf16"))
+    for i, name in enumerate(m.formats):
+        check.choice(f"embed.formats[{i}]", name, ("npz", "pt", "zarr"))
+    for key in ("batch_size", "grids_per_chunk", "workers", "cpus_per_worker"):
+        check.positive(f"embed.{key}", getattr(m, key))
+    check.positive("embed.gpus_per_worker", m.gpus_per_worker, zero=True)
+    if not 0 <= m.max_skipped <= 1:
+        raise check.wrong("embed.max_skipped", f"must be a share between 0 and 1, it is {m.max_skipped}")
+
+
+def _climate(check: Check, e: Experiment, c: Climate) -> None:
+    if not c.targets:
+        raise check.wrong("climate.targets", "missing: give a NetCDF or parquet file with values on a 0.25-degree grid")
+    if not check.elsewhere or not unknown(c.targets):
+        check.choice("climate.targets", Path(c.targets).suffix, CLIMATE_SUFFIXES)
+    check.exists("climate.targets", c.targets)
+    needs = [name for name in c.inputs if name in ("embeddings", "both")]
+    for key, given, valid in (("inputs", c.inputs, CLIMATE_INPUTS), ("splits", c.splits, CLIMATE_SPLITS)):
+        if not given:
+            raise check.wrong(f"climate.{key}", f"empty; valid choices: {', '.join(valid)}")
+        for i, name in enumerate(given):
+            check.choice(f"climate.{key}[{i}]", name, valid)
+        if len(set(given)) < len(given):
+            raise check.wrong(f"climate.{key}", f"has one twice: {given}")
+    if c.embeddings is not None:
+        check.exists("climate.embeddings", c.embeddings)
+    elif needs and (e.embed is None or e.kind == "climate"):
+        raise check.wrong(
+            "climate.embeddings",
+            f"missing: this experiment embeds nothing; give the folder of one that did, or leave {' and '.join(needs)} out of "
+            "climate.inputs",
+        )
+    if c.variables is not None and not c.variables:
+        raise check.wrong("climate.variables", "empty: name some, or leave it out for all of them")
+    check.positive("climate.cells", c.cells)
+    if not 1 <= c.block_degrees <= 60:
+        raise check.wrong("climate.block_degrees", f"must lie between 1 and 60, it is {c.block_degrees}")

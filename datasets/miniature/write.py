@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from copernicus.datasets.miniature.climate import CLIMATE_FILE, write_climate
 from copernicus.datasets.miniature.planet import Planet
 from copernicus.datasets.miniature.pretrain import PretrainScale, choose_grids, make_grid
 from copernicus.datasets.miniature.scales import SCALES, Scale, ScaleName
@@ -47,7 +48,8 @@ def write_miniature(
     progress: Progress | None = None,
     tasks: Sequence[str] | None = None,
 ) -> MiniatureSummary:
-    """Writes ``out/pretrain/example-*.tar`` and ``out/bench/<folder>/``, of these what is not there already.
+    """Writes ``out/pretrain/example-*.tar``, ``out/climate.parquet`` and ``out/bench/<folder>/``, of these what is not there
+    already.
 
     The same (grids, seed, scale) give the same bytes whatever the number of workers and the tasks, on one kind of
     machine (the last bit of numpy's functions may differ between processors). ``miniature.json`` says which tasks are
@@ -96,6 +98,8 @@ def write_miniature(
             _write_pretrain(pool, out / "pretrain", grids, seed, sizes.pretrain, report)
             manifest["pretrain"] = True
             _write_manifest(manifest_path, manifest)
+        if not (out / CLIMATE_FILE).exists():
+            write_climate(Planet(seed), choose_grids(Planet(seed), grids), out / CLIMATE_FILE)
         for folder in missing:
             _write_task(pool, out / "bench", folder, seed, sizes.tasks[folder.tasks[0]], report)
             manifest["tasks"] = [task for task in TASKS if task in (*manifest["tasks"], *folder.tasks)]
