@@ -252,6 +252,23 @@ def encode(
 
 
 @app.command()
+def similar(
+    where: Annotated[Path, typer.Argument(help="An experiment's folder, one of embeddings, or grids.parquet.")],
+    image: Annotated[Path | None, typer.Argument(help="An image to compare with; or give --lon and --lat.")] = None,
+    lon: Annotated[float | None, typer.Option(help="Longitude of the place, degrees.")] = None,
+    lat: Annotated[float | None, typer.Option(help="Latitude of the place, degrees.")] = None,
+    sensor: Annotated[str | None, typer.Option(help="Compare images of this sensor alone; an image needs it.")] = None,
+    k: Annotated[int, typer.Option(help="How many cells.", min=1)] = 10,
+    apart: Annotated[float, typer.Option(help="Only cells at least so many km away.", min=0)] = 0.0,
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("similar.png"),
+) -> None:
+    """Find the cells of the globe that are most like a place or an image."""
+    from copernicus.platform.similar import similar_command
+
+    similar_command(where, lon, lat, image, sensor, k, apart, out, console())
+
+
+@app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A run's checkpoint: its file or folder, runs:/..., hf://...")],
     out: Annotated[Path, typer.Option(help="FILE.pth or FILE.safetensors to write.")],

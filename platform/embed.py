@@ -40,10 +40,10 @@ from copernicus.platform.embed_worker import (
 )
 from copernicus.platform.encode_splits import Pool, cause_of
 from copernicus.platform.encoding import encoder_identity
+from copernicus.platform.grid_means import GRIDS_FILE
 from copernicus.platform.indexing import open_index
 from copernicus.platform.schema import Embed
 
-GRIDS_FILE = "grids.parquet"
 VERSION = 1
 """Of how images are read and encoded; chunks of another are made anew."""
 
