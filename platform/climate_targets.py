@@ -156,7 +156,7 @@ def _read_netcdf(path: Path, variables: Sequence[str] | None) -> Columns:
                 f"{', '.join(map(str, data.variables))}"
             )
         columns: dict[str, np.ndarray] = {}
-        for name, values in data.data_vars.items():
+        for name, values in sorted(data.data_vars.items(), key=lambda item: str(item[0])):
             if not {lon, lat} <= set(map(str, values.dims)) or values.dtype.kind not in "fiu":
                 continue
             stem = str(name)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,6 +28,7 @@ from copernicus.datasets.sensors import SENSORS, Sensor
 from copernicus.datasets.shards import LEADING_AXES, Problem
 from copernicus.datasets.slices import DrawReader
 from copernicus.models.encoder import Encoder
+from copernicus.platform.cell import WORTH_A_WORKER
 from copernicus.platform.embed_worker import (
     DONE,
     GRIDS,
@@ -105,10 +106,13 @@ def image_count(index: GridIndex, sensors: Sequence[Sensor]) -> int:
     return total
 
 
-def pool_size(settings: Embed, nodes: Sequence[dict[str, float]]) -> int:
-    """Workers that the nodes have room for, or as many as the YAML says."""
+def pool_size(settings: Embed, images: int, nodes: Sequence[dict[str, float]]) -> int:
+    """Workers: as many as the YAML says, or as the nodes have room for; none, and this process embeds, where there is hardly
+    anything to embed."""
     if settings.workers is not None:
         return settings.workers
+    if images < WORTH_A_WORKER and not settings.gpus_per_worker:
+        return 0
     asked = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
     room = (min(node.get(name, 0.0) / amount for name, amount in asked.items() if amount) for node in nodes)
     return max(1, sum(math.floor(n + 1e-9) for n in room))
@@ -172,12 +176,10 @@ def embed(
     total = image_count(index, plan.reader.sensors)
     started, new = time.monotonic(), 0
     on_progress(seen, len(index), f"{len(chunks)} chunks done before" if chunks else "")
-    pool = Pool(
-        pool_size(settings, [n["Resources"] for n in ray.nodes() if n["Alive"]]),
-        settings.cpus_per_worker,
-        settings.gpus_per_worker,
-    )
-    with contextlib.closing(_run(pool, encoder, index, plan, todo)) as run:
+    left = total * len(todo) // max(1, len(numbers))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    pool = Pool(pool_size(settings, left, nodes), settings.cpus_per_worker, settings.gpus_per_worker)
+    with contextlib.closing((_with_ray if pool.workers else _here)(pool, encoder, index, plan, todo)) as run:
         for chunk in run:
             chunks[chunk.number] = chunk
             new += chunk.images
@@ -205,9 +207,16 @@ def _refuse_losses(chunks: Sequence[Chunk], total: int, limit: float) -> None:
         )
 
 
-def _run(
-    pool: Pool, encoder: Encoder, index: GridIndex, plan: ChunkPlan, todo: Sequence[int]
-) -> Generator[Chunk, None, None]:
+Done: TypeAlias = Generator[Chunk, None, None]
+
+
+def _here(pool: Pool, encoder: Encoder, index: GridIndex, plan: ChunkPlan, todo: Sequence[int]) -> Done:
+    worker = ChunkEmbedder(encoder, index, plan)
+    for number in todo:
+        yield worker.embed(number)
+
+
+def _with_ray(pool: Pool, encoder: Encoder, index: GridIndex, plan: ChunkPlan, todo: Sequence[int]) -> Done:
     if not todo:
         return
     import ray

@@ -46,8 +46,10 @@ def grid_tables(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 table = file.read_row_group(number, columns=["grid_id_coord", "embedding"])
                 grids = np.array([grid_of(name, path) for name in table["grid_id_coord"].to_pylist()], np.int64)
                 lengths = {len(row) for row in table["embedding"]} if table.num_rows else set()
-                if len(lengths | ({width} if width is not None else set())) > 1:
-                    raise InputError(f"{path}: embeddings of different widths: {sorted(lengths | {width or 0})}")
+                if width is not None:
+                    lengths.add(width)
+                if len(lengths) > 1:
+                    raise InputError(f"{path}: embeddings of different widths: {sorted(lengths)}")
                 if table.num_rows:
                     width = lengths.pop()
                     yield grids, unpacked(table["embedding"])

@@ -228,7 +228,7 @@ class Embed:
     precision: str = "float32"  # or bf16 (autocast)
     grids_per_chunk: int = 128  # what is lost with a worker; a parquet file each
     formats: list[str] = field(default_factory=lambda: ["npz", "pt", "zarr"])  # of the map
-    workers: Optional[int] = None  # none: as many as the cluster has room for
+    workers: Optional[int] = None  # none: as many as the cluster has room for; 0: the driver itself
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     max_skipped: float = 0.05  # of the images

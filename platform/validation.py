@@ -388,9 +388,10 @@ def _embed(check: Check, e: Experiment, m: Embed) -> None:
     check.choice("embed.precision", m.precision, ("float32", "bf16"))
     for i, name in enumerate(m.formats):
         check.choice(f"embed.formats[{i}]", name, ("npz", "pt", "zarr"))
-    for key in ("batch_size", "grids_per_chunk", "workers", "cpus_per_worker"):
+    for key in ("batch_size", "grids_per_chunk", "cpus_per_worker"):
         check.positive(f"embed.{key}", getattr(m, key))
-    check.positive("embed.gpus_per_worker", m.gpus_per_worker, zero=True)
+    for key in ("workers", "gpus_per_worker"):
+        check.positive(f"embed.{key}", getattr(m, key), zero=True)
     if not 0 <= m.max_skipped <= 1:
         raise check.wrong("embed.max_skipped", f"must be a share between 0 and 1, it is {m.max_skipped}")
 
