@@ -52,5 +52,6 @@ class Derived:
 
 
 def _sample(parameters: Sequence[Tensor]) -> Tensor:
+    device = parameters[0].device  # embeddings of variables' names stay on the CPU
     flat = (p.detach().flatten() for p in parameters)
-    return torch.cat([x[:: max(1, x.numel() // 256)].float() for x in flat])
+    return torch.cat([x[:: max(1, x.numel() // 256)].float().to(device) for x in flat])

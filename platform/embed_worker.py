@@ -135,7 +135,7 @@ def embed_grids(
     """
     out = Embedded()
     waiting: list[list[tuple[int, GridImage]]] = [[] for _ in reader.sensors]
-    parts: list[tuple[list[int], np.ndarray]] = []
+    parts: list[tuple[list[int], torch.Tensor]] = []
 
     def encode(sensor: int) -> None:
         batch, waiting[sensor] = waiting[sensor], []
@@ -144,7 +144,7 @@ def embed_grids(
         parts.append((rows, z_BD))
 
     with ThreadPoolExecutor(readers) as pool:
-        for images, problems in _ahead(pool, reader, grids, readers + 1):
+        for images, problems in read_ahead(pool, reader, grids, readers + 1):
             out.problems += problems
             for image in images:
                 waiting[image.sensor].append((len(out.keys), image))
@@ -158,7 +158,7 @@ def embed_grids(
         return out
     whole_ND = np.empty((len(out.keys), parts[0][1].shape[1]), np.float32)
     for rows, z_BD in parts:
-        whole_ND[rows] = z_BD
+        whole_ND[rows] = z_BD.cpu().numpy()
     sound_N = np.isfinite(whole_ND).all(1)
     for row in np.flatnonzero(~sound_N):
         key = out.keys[row]
@@ -169,7 +169,7 @@ def embed_grids(
     return out
 
 
-def _ahead(
+def read_ahead(
     pool: ThreadPoolExecutor, reader: DrawReader, grids: Sequence[GridEntry], depth: int
 ) -> Iterator[tuple[list[GridImage], list[Problem]]]:
     """Each grid's images, in order, while the next ones are read."""
@@ -188,20 +188,20 @@ def encode_batch(
     images: Sequence[GridImage],
     batch_size: int,
     precision: Precision,
-) -> np.ndarray:
-    """(B, D) float32 of at most ``batch_size`` images of one sensor, encoded in a batch of exactly that many."""
+) -> torch.Tensor:
+    """(B, D) float32, where the encoder lies, of at most ``batch_size`` images of one sensor, encoded in a batch of exactly that many."""
     device = device_of(encoder)
-    x_BCHW = np.full((batch_size, *images[0].pixels.shape), np.nan, np.float32)
-    metadata_B4 = np.full((batch_size, 4), np.nan, np.float64)
+    pinned = device.type == "cuda"  # then a copy need not wait for what the GPU has in hand
+    x_BCHW = torch.full((batch_size, *images[0].pixels.shape), torch.nan, pin_memory=pinned)
+    metadata_B4 = torch.full((batch_size, 4), torch.nan, dtype=torch.float64, pin_memory=pinned)
     for row, image in enumerate(images):
-        x_BCHW[row] = image.pixels
-        metadata_B4[row] = image.metadata
+        x_BCHW[row] = torch.from_numpy(image.pixels)
+        metadata_B4[row] = torch.tensor(image.metadata, dtype=torch.float64)
     autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     with frozen(encoder), autocast:
-        z_BD = encoder.encode(
-            torch.from_numpy(x_BCHW).to(device), reader.sensors[sensor], torch.from_numpy(metadata_B4).to(device)
-        )
-    return z_BD[: len(images)].float().cpu().numpy()
+        x_BCHW, metadata_B4 = (given.to(device, non_blocking=True) for given in (x_BCHW, metadata_B4))
+        z_BD = encoder.encode(x_BCHW, reader.sensors[sensor], metadata_B4)
+    return z_BD[: len(images)].float()
 
 
 def grid_means(keys: Sequence[ImageKey], embeddings_ND: np.ndarray) -> pa.Table:

@@ -4,6 +4,7 @@
         $d/copernicus/ && PYTHONPATH=$d pytest --noconftest tests/test_gpu.py
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_models_mae import METADATA, NOISE, SAMPLES, published_model, small_model
 
 from copernicus.datasets.sensors import SENSORS
+from copernicus.models import create_model
 from copernicus.platform.to_device import on_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -93,3 +95,17 @@ def test_prefetched_batches_arrive_whole_and_in_order():
     for given, ((columns_seen, total), expected) in zip(columns, zip(seen, columns, strict=True), strict=True):
         assert columns_seen is given
         assert total.item() == pytest.approx(float(expected["x_s1_grd"].astype(np.float64).sum()), rel=1e-9, abs=1e-6)
+
+
+@pytest.mark.parametrize("sensor", SENSORS.values(), ids=list(SENSORS))
+def test_features_are_those_of_the_processor(sensor):
+    """With kernels made, and with those kept from the pass before."""
+    here = create_model("copernicus_fm_base", embed_dim=64, depth=2, num_heads=4, global_pool=True).eval()
+    gpu = copy.deepcopy(here).cuda()
+    x_BCHW = torch.randn(2, sensor.channels, 4 * sensor.patch_kernel, 4 * sensor.patch_kernel)
+    metadata = torch.tensor([[7.0, 47.0, 18262.0, 6.6]] * 2)
+    with torch.inference_mode():
+        expected = here.encode(x_BCHW, sensor, metadata, normalize=False)
+        for _ in range(2):
+            found = gpu.encode(x_BCHW.cuda(), sensor, metadata.cuda(), normalize=False)
+            torch.testing.assert_close(found.cpu(), expected, atol=2e-3, rtol=1e-3)
