@@ -78,7 +78,7 @@ def describe(experiment: Experiment, settings: Pretrain, grids: int | None) -> D
         published=settings.preset == "published",
     )
     remote = any("://" in shards for shards in settings.shards)
-    found = _local_index(settings)
+    found = local_index(settings)
     if found is not None:
         index, share, source = found
         chosen = index.having(settings.sensors, settings.require)
@@ -88,7 +88,7 @@ def describe(experiment: Experiment, settings: Pretrain, grids: int | None) -> D
         stored = sum(shard.stamp.size for shard in index.shards if shard.stamp.size > 0) / share
         status = COUNTED if share == 1 else ASSUMED
     else:
-        layout, counted, source = _layout(experiment.miniature, settings)
+        layout, counted, source = grid_layout(experiment.miniature, settings)
         entries = list(_made_up(layout, DRAWN))
         counted = grids or counted
         stored = counted * sum(math.prod(s) * STORED_DTYPE[n].itemsize for n, s in layout.items())
@@ -110,7 +110,7 @@ def _drawn(reader: DrawReader, entries: Sequence[GridEntry]) -> tuple[float, flo
     return size / len(entries), requests / len(entries)
 
 
-def _local_index(settings: Pretrain) -> tuple[GridIndex, float, str] | None:
+def local_index(settings: Pretrain) -> tuple[GridIndex, float, str] | None:
     """(index, share of the shards that it covers, where it is from) of shards on this machine; None: not here."""
     if settings.geotiffs or any("://" in shards for shards in settings.shards):
         return None
@@ -136,7 +136,7 @@ def _local_index(settings: Pretrain) -> tuple[GridIndex, float, str] | None:
     return from_surveys(survey_or_fault(uri) for uri in some), len(some) / len(uris), source
 
 
-def _layout(miniature: Miniature | None, settings: Pretrain) -> tuple[Mapping[str, tuple[int, ...]], int, str]:
+def grid_layout(miniature: Miniature | None, settings: Pretrain) -> tuple[Mapping[str, tuple[int, ...]], int, str]:
     """(shape of each sensor's array in a grid, number of grids, where they are from) of shards that are not here."""
     patches, dates, sides = STORED_PATCHES, dict(STORED_DATES), {n: s.stored_size for n, s in SENSORS.items()}
     grids, source = round(GRIDS.value), f"the shards are not here: published sizes, and {GRIDS.source}"

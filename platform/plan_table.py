@@ -155,16 +155,19 @@ def plan_command(
     experiment: Experiment, console: Console, gpu: str, workers: int | None, per_node: int, *, grids: int | None = None,
     read_rate: float | None = None, network: float | None = None, price: float | None = None, spot_price: float | None = None,
 ) -> None:  # fmt: skip
-    """Print the plan of an experiment's pretraining and of its sweep, where it has them.
+    """Print the plan of an experiment's pretraining, sweep and embedding, where it has them.
 
     Raises:
         InputError: an option that cannot be, or an experiment with nothing to plan.
     """
+    from copernicus.platform.plan_embed import embed_lines, plan_embed
     from copernicus.platform.plan_here import measure_here
     from copernicus.platform.plan_sweep import plan_sweep, sweep_lines
 
-    pretrain = experiment.pretrain if experiment.kind != "sweep" else None
-    sweep = experiment.sweep if experiment.kind != "pretrain" else None
+    pretrain, sweep, embed = (
+        getattr(experiment, stage) if experiment.kind in (stage, "pipeline") else None
+        for stage in ("pretrain", "sweep", "embed")
+    )
     if grids is not None and grids < 1:
         raise InputError(f"--grids: must be at least 1, it is {grids}")
     # An elastic run names two numbers of workers.
@@ -182,6 +185,9 @@ def plan_command(
     if sweep is not None:
         swept = plan_sweep(experiment, sweep, cluster)
         show(console, f"{experiment.name}: sweep on {where}", sweep_lines(swept), swept.warnings)
+    if embed is not None:
+        product = plan_embed(experiment, embed, cluster, grids)
+        show(console, f"{experiment.name}: embedding on {where}", embed_lines(product), product.warnings)
     console.print(
         "Nothing was run. What is [yellow]assumed[/] was not measured by us: check it where it matters.", soft_wrap=True
     )
