@@ -55,6 +55,20 @@ def cluster() -> Iterator:
         nodes.shutdown()
 
 
+MORE = (FEW, *OFTEN, "pretrain.blr=0.001")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, whole_grids) -> Path:
+    """The folder of a run that nobody stopped, with the settings `MORE`."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with cluster() as nodes:
+        whole = Run(folder, pretraining(folder, whole_grids, "whole"), nodes.address, *MORE)
+        assert whole.wait() == 0, (folder / "whole.log").read_text()
+    assert_each_epoch_was_trained_once(folder, "whole", whole_grids)
+    return folder
+
+
 class Run:
     """A `copernicus run` on that cluster."""
 
@@ -107,16 +121,10 @@ def assert_each_epoch_was_trained_once(folder: Path, name: str, shards: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids):
+def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids, undisturbed):
     rng = random.Random(int(time.time()))  # other moments each time
-    settings = (
-        FEW,
-        *OFTEN,
-        "pretrain.max_failures=40",  # kills may come before a run is further than it was at the last
-    )
+    settings = (*MORE, "pretrain.max_failures=40")  # kills may come before a run is further than it was at the last
     with cluster() as nodes:
-        whole = Run(tmp_path, pretraining(tmp_path, whole_grids, "whole"), nodes.address, *settings)
-        assert whole.wait() == 0, (tmp_path / "whole.log").read_text()
         yaml = pretraining(tmp_path, whole_grids, "broken")
         run = Run(tmp_path, yaml, nodes.address, *settings)
         seen: set[str] = set()
@@ -142,37 +150,29 @@ def test_killed_seven_times_it_ends_with_the_same_bits(tmp_path, whole_grids):
             victim = "all seven"
         assert run.wait() == 0, (tmp_path / "broken.log").read_text()
     assert victim == "all seven", f"the run ended before the kill of a {victim}: make it longer"
-    a, b = final_weights(tmp_path, "whole"), final_weights(tmp_path, "broken")
+    a, b = final_weights(undisturbed, "whole"), final_weights(tmp_path, "broken")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert_each_epoch_was_trained_once(tmp_path, "whole", whole_grids)
     assert_each_epoch_was_trained_once(tmp_path, "broken", whole_grids)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_another_number_of_workers_goes_on_with_the_next_sample(tmp_path, whole_grids):
+def test_another_number_of_workers_goes_on_with_the_next_sample(tmp_path, whole_grids, undisturbed):
     """Two workers, killed; one, killed; two again. Sums over ranks round otherwise, so weights agree to tolerance."""
-    settings = (
-        FEW,
-        *OFTEN,
-        "pretrain.blr=0.001",
-    )
     with cluster() as nodes:
-        whole = Run(tmp_path, pretraining(tmp_path, whole_grids, "whole"), nodes.address, *settings)
-        assert whole.wait() == 0, (tmp_path / "whole.log").read_text()
         yaml = pretraining(tmp_path, whole_grids, "broken")
         seen: set[str] = set()
         for workers in (2, 1):
-            run = Run(tmp_path, yaml, nodes.address, *settings, f"pretrain.workers={workers}")
+            run = Run(tmp_path, yaml, nodes.address, *MORE, f"pretrain.workers={workers}")
             seen |= await_checkpoint(tmp_path, run, seen)
             time.sleep(0.5)
             assert run.process.poll() is None
             run.process.kill()
             run.wait()
-        run = Run(tmp_path, yaml, nodes.address, *settings, "pretrain.workers=2")
+        run = Run(tmp_path, yaml, nodes.address, *MORE, "pretrain.workers=2")
         assert run.wait() == 0, (tmp_path / "broken.log").read_text()
-    a, b = final_weights(tmp_path, "whole"), final_weights(tmp_path, "broken")
+    a, b = final_weights(undisturbed, "whole"), final_weights(tmp_path, "broken")
     start = {k: v for k, v in a.items() if v.is_floating_point()}
     for name in start:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
