@@ -58,15 +58,17 @@ def image_choices(reader: DrawReader, grid: GridEntry) -> list[tuple[ImageKey, i
         for at in product(*map(range, leading)):
             choice = Choice(sensor, at, crop, unused, where)
             key = _key(name, sensor, where, choice)
-            # Of images whose name tells no date each is one of its own.
-            dated = key.date if key.date is not None or not at else choice.number
-            found.setdefault((number, at[0] if len(at) == 2 else None, dated), (key, number, choice))
+            # A raw image is its file; of a shard's images whose name tells no date each is one of its own.
+            same: object = key.date if key.date is not None or not at else choice.number
+            if where.files:
+                same = where.files[choice.number]
+            found.setdefault((number, at[0] if len(at) == 2 else None, same), (key, number, choice))
     return list(found.values())
 
 
-def read_images(reader: DrawReader, grid: GridEntry) -> tuple[list[GridImage], list[Problem]]:
-    """Read all images of a grid as validation sees them (the largest centred square, resampled to the reader's size), and
-    what could not be used."""
+def read_images(reader: DrawReader, grid: GridEntry) -> tuple[list[GridImage], list[Problem], int]:
+    """Read all images of a grid as validation sees them (the largest centred square, resampled to the reader's size), what
+    could not be used, and how many images there should be."""
     problems: list[Problem] = []
     listed = image_choices(reader, grid)
     choices = {row: choice for row, (_, _, choice) in enumerate(listed)}
@@ -79,7 +81,7 @@ def read_images(reader: DrawReader, grid: GridEntry) -> tuple[list[GridImage], l
         if row in loaded:
             pixels = apply_crop(loaded.pop(row), _within(choice), reader.sizes[choice.sensor.name])
             images.append(GridImage(key, number, pixels, reader.locate(grid, choice, choices)))
-    return images, problems
+    return images, problems, len(listed)
 
 
 def _within(choice: Choice) -> Crop:

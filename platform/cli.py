@@ -363,6 +363,7 @@ def _failed(error: Exception) -> int:
     from copernicus.datasets.storage import StoreError
     from copernicus.platform.cluster import JobServerLost
     from copernicus.platform.convert import ConvertFailed
+    from copernicus.platform.embed import EmbedFailed
     from copernicus.platform.fetch import FetchFailed
     from copernicus.platform.pretrain import PretrainFailed
     from copernicus.platform.spool import NotRecorded
@@ -379,6 +380,9 @@ def _failed(error: Exception) -> int:
         return 1
     if isinstance(error, PretrainFailed):
         complain(f"{error}. The same command goes on from the last checkpoint")
+        return 1
+    if isinstance(error, EmbedFailed):
+        complain(f"{error}. The same command goes on where it stopped")
         return 1
     if isinstance(error, SweepFailed):
         complain(f"{error}. Once that is mended, the same command runs what is unfinished")

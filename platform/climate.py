@@ -20,6 +20,7 @@ import numpy as np
 from scipy.special import lpmv
 
 from copernicus.datasets.order import generator
+from copernicus.datasets.sensors import InputError
 from copernicus.platform.embed_map import LATITUDE, LONGITUDE
 from copernicus.platform.statistics import Estimate, interval
 
@@ -32,6 +33,8 @@ STRENGTHS = tuple(10.0**power for power in np.arange(3, -8.5, -0.5))
 DEGREE = 8
 """Of the spherical harmonics: 81 functions, the finest some 2,500 km long."""
 RESAMPLES = 1000
+FEWEST_UNITS = 10
+"""Of which a percentile interval is drawn: of fewer it is far from 95 % (`statistics.COVERAGE`)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class Score:
-    """Errors of one regression on the cells of one part (val or test). ``rmse``: in the variable's units; both with 95 %
+    """Errors of one regression on the cells of one part (val or test). ``units``: blocks, or cells. ``rmse``: in the variable's units; both with 95 %
     bootstrap intervals over cells, or over blocks where the split is by blocks. ``r2``: 1 is perfect, 0 the part's mean."""
 
     split: str
@@ -61,6 +64,7 @@ class Score:
     variable: str
     part: str
     cells: int
+    units: int
     rmse: Estimate
     r2: Estimate
     strength: float
@@ -196,10 +200,20 @@ def fit_ridge(
 def probe(
     cells: Cells, inputs: Mapping[str, np.ndarray], names: Sequence[str], split: str, seed: int, block_degrees: float
 ) -> list[Probe]:
-    """Fit and score every kind of input, given (N, D) each, on one split."""
+    """Fit and score every kind of input, given (N, D) each, on one split.
+
+    Raises:
+        InputError: too few blocks for training, validation and test.
+    """
     units_N = blocks_of(cells.lon, cells.lat, block_degrees) if split == "blocks" else np.arange(len(cells.rows))
     parts_N = split_cells(units_N, seed, SHARES, f"{split} parts")
     train_N = parts_N == TRAIN
+    units = {part: len(np.unique(units_N[parts_N == part])) for part in (TRAIN, *PARTS.values())}
+    if units[TRAIN] < FOLDS or min(units.values()) < 2:
+        raise InputError(
+            f"climate: {len(np.unique(units_N))} blocks of {block_degrees:g} degrees are too few to split by; lower "
+            "climate.block_degrees, or leave blocks out of climate.splits"
+        )
     folds = split_cells(units_N[train_N], seed, [1 / FOLDS] * FOLDS, f"{split} folds")
     probes = []
     for kind, x_ND in inputs.items():
@@ -210,7 +224,7 @@ def probe(
             there = parts_N == number
             errors = score(cells.targets_NV[there], predicted_NV[there], units_N[there], seed, split, part)
             scores += [
-                Score(split, kind, name, part, int(there.sum()), rmse, r2, float(strength))
+                Score(split, kind, name, part, int(there.sum()), units[number], rmse, r2, float(strength))
                 for name, (rmse, r2), strength in zip(names, errors, strength_V, strict=True)
             ]
         probes.append(Probe(split, kind, tuple(scores), predicted_NV.astype(np.float32), parts_N))
@@ -220,7 +234,7 @@ def probe(
 def score(
     y_NV: np.ndarray, predicted_NV: np.ndarray, units_N: np.ndarray, *key: int | str
 ) -> list[tuple[Estimate, Estimate]]:
-    """RMSE and R2 of each target, with intervals over resampled units."""
+    """RMSE and R2 of each target, with intervals over resampled units; without, where those are fewer than `FEWEST_UNITS`."""
     y_NV = y_NV.astype(np.float64)
     centred_NV = y_NV - y_NV.mean(0)  # R2 does not change, and sums of squares keep their digits
     per_cell = np.concatenate([np.ones((len(y_NV), 1)), (y_NV - predicted_NV) ** 2, centred_NV, centred_NV**2], 1)
@@ -235,6 +249,8 @@ def score(
     n, squared, first, second = np.split(everything, [1, 1 + variables, 1 + 2 * variables], axis=1)
     rmse = np.sqrt(squared / n)
     r2 = 1 - squared / np.maximum(second - first**2 / n, 1e-300)
+    if count < FEWEST_UNITS:
+        return [(Estimate(float(rmse[0, v])), Estimate(float(r2[0, v]))) for v in range(variables)]
     return [
         tuple(Estimate(float(values[0, v]), *interval(values[1:, v])) for values in (rmse, r2))  # type: ignore[misc]
         for v in range(variables)

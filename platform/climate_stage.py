@@ -139,32 +139,19 @@ def choose_cells(
 def write_scores(scores: list[Score], path: Path) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [
-                "split",
-                "inputs",
-                "variable",
-                "part",
-                "cells",
-                "rmse",
-                "rmse_low",
-                "rmse_high",
-                "r2",
-                "r2_low",
-                "r2_high",
-                "strength",
-            ]
-        )
+        errors = [f"{name}{bound}" for name in ("rmse", "r2") for bound in ("", "_low", "_high")]
+        writer.writerow(["split", "inputs", "variable", "part", "cells", "units", *errors, "strength"])
         for s in scores:
             errors = [f"{value:.6g}" for one in (s.rmse, s.r2) for value in (one.value, one.low, one.high)]
-            writer.writerow([s.split, s.inputs, s.variable, s.part, s.cells, *errors, f"{s.strength:.3g}"])
+            writer.writerow([s.split, s.inputs, s.variable, s.part, s.cells, s.units, *errors, f"{s.strength:.3g}"])
 
 
 def tables(scores: list[Score], settings: Climate) -> Iterator[Table]:
     """R2 of the test part, a table a split."""
     for split in settings.splits:
         of_split = [s for s in scores if s.split == split and s.part == "test"]
-        by = f"by blocks of {settings.block_degrees:g} degrees" if split == "blocks" else "at random"
+        blocks = f"by {of_split[0].units} blocks of {settings.block_degrees:g} degrees"
+        by = blocks if split == "blocks" else "at random"
         table = Table(title=f"R2 on {of_split[0].cells} test cells, split {by}", title_justify="left")
         table.add_column("variable")
         for name in settings.inputs:

@@ -44,15 +44,18 @@ def open_targets(path: str | Path, variables: Sequence[str] | None = None) -> Ta
         InputError: not such a file, no such variable, coordinates that are missing or on another grid.
     """
     try:
-        table = _read_parquet(Path(path)) if str(path).endswith(".parquet") else _read_netcdf(Path(path), variables)
+        if str(path).endswith(".parquet"):
+            lon, lat, columns = _read_parquet(Path(path))
+        else:
+            lon, lat, columns = _read_netcdf(Path(path), variables)
+        lon, lat = np.asarray(lon, np.float64), np.asarray(lat, np.float64)
     except FileNotFoundError:
         raise InputError(f"climate.targets: no such file: {path}") from None
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         if isinstance(error, InputError):
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"climate.targets: {path} cannot be read ({first[:200]}); give NetCDF or parquet") from None
-    lon, lat, columns = table
     if variables is not None:
         chosen = {}
         for name in variables:
@@ -74,13 +77,14 @@ def to_nodes(lon: np.ndarray, lat: np.ndarray, values_MV: np.ndarray, source: st
     Raises:
         InputError: places on another grid, outside the globe, or given twice.
     """
-    lon, lat = np.asarray(lon, np.float64), np.asarray(lat, np.float64)
     if not (np.isfinite(lon).all() and np.isfinite(lat).all()) or (np.abs(lat) > 90 + GRID_DEGREES / 2).any():
         raise InputError(f"climate.targets: {source} has places that are not on the globe; give degrees")
+    if not len(lon):
+        raise InputError(f"climate.targets: {source} has no rows")
     column, row = ((lon + 180) % 360) / GRID_DEGREES, (90 - lat) / GRID_DEGREES
     off_column, off_row = column - np.round(column), row - np.round(row)
     values = np.full((GRID_ROWS, GRID_COLUMNS, values_MV.shape[1]), np.nan, np.float32)
-    if max(np.abs(off_column).max(initial=0), np.abs(off_row).max(initial=0)) < NEAR:
+    if max(np.abs(off_column).max(), np.abs(off_row).max()) < NEAR:
         rows, columns = np.round(row).astype(int), np.round(column).astype(int) % GRID_COLUMNS
         _once(rows * GRID_COLUMNS + columns, source)
         values[rows, columns] = values_MV
@@ -134,7 +138,8 @@ def _read_parquet(path: Path) -> Columns:
             places = [grid_center(int(str(name).split("_")[0])) for name in table["grid_id_coord"].to_pylist()]
         except ValueError as error:
             raise InputError(f"climate.targets: {path}: grid_id_coord: {error}") from None
-        return *(np.array(axis) for axis in zip(*places, strict=True)), columns  # type: ignore[return-value]
+        lon_lat = np.array(places).reshape(-1, 2)
+        return lon_lat[:, 0], lon_lat[:, 1], columns
     raise InputError(
         f"climate.targets: {path} says no places: it needs the columns longitude and latitude, or grid_id_coord; it has "
         f"{', '.join(table.column_names)}"
@@ -172,5 +177,8 @@ def _read_netcdf(path: Path, variables: Sequence[str] | None) -> Columns:
                     "values first"
                 )
             columns |= {key: one.transpose(lat, lon).to_numpy().reshape(-1) for key, one in found.items()}
+        if variables is not None and not columns:
+            has = ", ".join(map(str, data.data_vars))
+            raise InputError(f"climate.variables: {path} has none of {', '.join(variables)}; it has {has}")
         lats, lons = np.meshgrid(data[lat].to_numpy(), data[lon].to_numpy(), indexing="ij")
     return lons.reshape(-1), lats.reshape(-1), columns

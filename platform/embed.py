@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -17,14 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from copernicus.datasets.expand import expand
+from copernicus.datasets.image_names import grid_number
 from copernicus.datasets.index import GridIndex, from_surveys
 from copernicus.datasets.raw import read_layout
 from copernicus.datasets.raw_index import survey_layout
-from copernicus.datasets.sensors import SENSORS, Sensor
+from copernicus.datasets.sensors import SENSORS, InputError, Sensor
 from copernicus.datasets.shards import LEADING_AXES, Problem
 from copernicus.datasets.slices import DrawReader
 from copernicus.models.encoder import Encoder
@@ -43,25 +46,35 @@ from copernicus.platform.encode_splits import Pool, cause_of
 from copernicus.platform.encoding import encoder_identity
 from copernicus.platform.grid_means import GRIDS_FILE
 from copernicus.platform.indexing import open_index
+from copernicus.platform.language import variables
 from copernicus.platform.schema import Embed
+from copernicus.platform.session import autoscales
+from copernicus.platform.skipped import unusable_share
+from copernicus.platform.sweep import ASKED_FOR
 
 VERSION = 1
 """Of how images are read and encoded; chunks of another are made anew."""
 
 
 class EmbedFailed(RuntimeError):
-    """Embedding ended without its result; it goes on where it stopped with the same command."""
+    """Embedding ended without its result; it goes on where it stopped with the same command. ``problems``: what could not
+    be used."""
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()):
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """``images``, ``grids``: in the product. ``new``: images that this run embedded, in ``seconds``. ``empty``: grids without
-    a single image that could be used."""
+    """``images``, ``grids``: in the product. ``lost``: images that could not be used. ``new``: images that this run embedded, in
+    ``seconds``. ``empty``: grids without a single image that could be used."""
 
     folder: Path
     width: int
     images: int
     grids: int
+    lost: int
     new: int
     seconds: float
     bytes: int
@@ -87,7 +100,16 @@ def open_images(settings: Embed, keep: Path, on_index: Callable[[float, float, s
         whole = from_surveys([survey_layout(read_layout(settings.geotiffs))])
     else:
         whole = open_index(expand(settings.shards), settings.index, keep, on_index)
-    return whole.having(settings.sensors)
+    index = whole.having(settings.sensors)
+    known = np.array([grid_number(key) is not None for key in index.keys])
+    strange = tuple(
+        Problem(key, "bad_grid_id", "no seven digits of a cell of the globe")
+        for key in index.keys
+        if grid_number(key) is None
+    )
+    if not known.any():
+        raise InputError(f"embed.shards: no grid of the globe among {len(index)}; the first: {strange[0]}")
+    return dataclasses.replace(index, rows=index.rows[known], problems=(*index.problems, *strange))
 
 
 def image_count(index: GridIndex, sensors: Sequence[Sensor]) -> int:
@@ -111,6 +133,8 @@ def pool_size(settings: Embed, images: int, nodes: Sequence[dict[str, float]]) -
     anything to embed."""
     if settings.workers is not None:
         return settings.workers
+    if autoscales():
+        return ASKED_FOR
     if images < WORTH_A_WORKER and not settings.gpus_per_worker:
         return 0
     asked = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
@@ -118,7 +142,7 @@ def pool_size(settings: Embed, images: int, nodes: Sequence[dict[str, float]]) -
     return max(1, sum(math.floor(n + 1e-9) for n in room))
 
 
-def make_plan(settings: Embed, encoder: Encoder, folder: Path, width_of: Sensor | None = None) -> ChunkPlan:
+def make_plan(settings: Embed, encoder: Encoder, folder: Path) -> ChunkPlan:
     """How chunks are read and encoded.
 
     Raises:
@@ -127,10 +151,11 @@ def make_plan(settings: Embed, encoder: Encoder, folder: Path, width_of: Sensor 
     sensors = sensors_of(settings)
     sizes = {s.name: settings.image_size.get(s.name, s.image_size) for s in sensors}
     reader = DrawReader(sensors, sizes, augment=False, s2_offset=settings.s2_offset)
-    sensor = width_of or sensors[0]
+    sensor, table = sensors[0], getattr(encoder, "language", None)  # embeddings of names are no weights
     content = {
         "version": VERSION, "encoder": encoder_identity(encoder, sensor, sizes[sensor.name]), "sizes": sizes,
         "s2_offset": settings.s2_offset, "batch_size": settings.batch_size, "precision": settings.precision,
+        "device": "cuda" if settings.gpus_per_worker else "cpu", "language": table.digests(variables(sensors)) if table else {},
     }  # fmt: skip
     identity = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return ChunkPlan(
@@ -161,21 +186,32 @@ def embed(
     import ray
 
     plan = make_plan(settings, encoder, folder)
+    if (share := unusable_share(index)) > settings.max_skipped:
+        raise EmbedFailed(_too_many(f"{share:.1%} of the grids", settings, index.problems), index.problems)
     for kind in (IMAGES, GRIDS, DONE):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         for part in (folder / kind).glob(".*.part"):
             part.unlink(missing_ok=True)
     numbers = range(-(-len(index) // settings.grids_per_chunk))
-    keys = index.keys
+    shards = index.table["shard"].to_numpy()[index.rows]
+    grids = [(key, index.shards[shard].stamp) for key, shard in zip(index.keys, shards, strict=True)]
     chunks: dict[int, Chunk] = {}
     for number in numbers:
-        if (chunk := plan.done(number, [keys[i] for i in plan.numbers(number, len(index))])) is not None:
+        if (chunk := plan.done(number, [grids[i] for i in plan.numbers(number, len(index))])) is not None:
             chunks[number] = chunk
     todo = [number for number in numbers if number not in chunks]
     seen = sum(len(plan.numbers(number, len(index))) for number in chunks)
+    lost = sum(chunk.lost for chunk in chunks.values())
     total = image_count(index, plan.reader.sensors)
+
+    def refuse_losses(images: int) -> None:
+        if lost > settings.max_skipped * images:
+            problems = [p for chunk in chunks.values() for p in chunk.problems]
+            raise EmbedFailed(_too_many(f"{lost} of {images} images", settings, problems), (*index.problems, *problems))
+
     started, new = time.monotonic(), 0
     on_progress(seen, len(index), f"{len(chunks)} chunks done before" if chunks else "")
+    refuse_losses(total)
     left = total * len(todo) // max(1, len(numbers))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     pool = Pool(pool_size(settings, left, nodes), settings.cpus_per_worker, settings.gpus_per_worker)
@@ -183,28 +219,28 @@ def embed(
         for chunk in run:
             chunks[chunk.number] = chunk
             new += chunk.images
+            lost += chunk.lost
             seen += len(plan.numbers(chunk.number, len(index)))
             rate = new / (time.monotonic() - started)
             on_progress(seen, len(index), f"{rate:.1f} images/s")
-            _refuse_losses(list(chunks.values()), total, settings.max_skipped)
+            refuse_losses(total)
     seconds = time.monotonic() - started
     whole = [chunks[number] for number in numbers]
+    refuse_losses(lost + sum(chunk.images for chunk in whole))  # repeated ones, which the index counts, left out
     width = _merge(plan, whole, folder / GRIDS_FILE)
-    problems = tuple(p for chunk in whole for p in chunk.problems)
+    problems = (*index.problems, *(p for chunk in whole for p in chunk.problems))
     return EmbedResult(
-        folder, width, sum(c.images for c in whole), sum(c.grids for c in whole), new, seconds,
+        folder, width, sum(c.images for c in whole), sum(c.grids for c in whole), lost, new, seconds,
         sum(c.bytes for c in whole), tuple(name for c in whole for name in c.empty), problems,
     )  # fmt: skip
 
 
-def _refuse_losses(chunks: Sequence[Chunk], total: int, limit: float) -> None:
-    problems = [p for chunk in chunks for p in chunk.problems]
-    if len(problems) > limit * total:
-        shown = "; ".join(str(p) for p in problems[:5])
-        raise EmbedFailed(
-            f"{len(problems)} of {total} images could not be used, above embed.max_skipped={limit:.1%}; the first: {shown}. "
-            "Repair the shards or raise the limit"
-        )
+def _too_many(what: str, settings: Embed, problems: Sequence[Problem]) -> str:
+    shown = "; ".join(str(p) for p in problems[:5])
+    return (
+        f"{what} could not be used, above embed.max_skipped={settings.max_skipped:.1%}; the first: {shown}. Repair the data, or "
+        "raise the limit"
+    )
 
 
 Done: TypeAlias = Generator[Chunk, None, None]
@@ -229,12 +265,15 @@ def _with_ray(pool: Pool, encoder: Encoder, index: GridIndex, plan: ChunkPlan, t
     # What a worker raises arrives as it is: wrapped in Ray Data's own exception it would have lost its type.
     quiet_context().raise_original_map_exception = True
     device = "cuda" if pool.gpus_per_worker else "cpu"
+    most = min(pool.workers, len(todo))
+    # Where nodes come as they are asked for, the first to come begins.
+    size = {"min_size": 1, "max_size": most} if autoscales() else {"size": most}
     references = ray.put(copy.deepcopy(encoder).cpu()), ray.put(index)
     rows = ray.data.from_items([{"number": number} for number in todo], override_num_blocks=len(todo)).map_batches(
         ChunkEmbedder,
         batch_size=1,
         fn_constructor_args=(*references, plan, device, max(1, int(pool.cpus_per_worker))),
-        compute=ActorPoolStrategy(size=min(pool.workers, len(todo)), max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(**size, max_tasks_in_flight_per_actor=2),
         num_cpus=pool.cpus_per_worker,
         num_gpus=pool.gpus_per_worker or None,
     )
@@ -263,6 +302,6 @@ def _merge(plan: ChunkPlan, chunks: Sequence[Chunk], path: Path) -> int:
         if writer is not None:
             writer.close()
     if writer is None:
-        raise EmbedFailed("not one image could be used; see skipped.txt")
+        raise EmbedFailed("not one image could be used", [p for chunk in chunks for p in chunk.problems])
     part.replace(path)
     return width

@@ -44,11 +44,6 @@ def pixels_of(grids_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return GRID_ROWS - 1 - grids_G // GRID_COLUMNS, grids_G % GRID_COLUMNS
 
 
-def pixel_at(lon: float, lat: float) -> tuple[int, int]:
-    """Row and column of the cell that a place (degrees) lies in."""
-    return round((90 - lat) / GRID_DEGREES), round((lon + 180) / GRID_DEGREES) % GRID_COLUMNS
-
-
 @dataclass(frozen=True)
 class GlobeMap:
     """``values``: (721, 1440, D) float32, mapped from a file. ``count``: images of each cell, (721, 1440); ``by_sensor``: of
@@ -104,7 +99,9 @@ def write_npz(globe: GlobeMap, path: Path) -> None:
     small = {"count": globe.count, "mask": globe.mask, "latitude": LATITUDE, "longitude": LONGITUDE}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in {"arr_0": globe.values, **small}.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            member = zipfile.ZipInfo(f"{name}.npy")  # of 1980: the same map is the same bytes
+            member.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(member, "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(
                     file, {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
                 )

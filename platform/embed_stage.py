@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
 from copernicus.datasets.sensors import InputError
+from copernicus.datasets.shards import Problem
 from copernicus.platform.checkpoint import trained_language
-from copernicus.platform.embed import EmbedResult, embed, open_images, sensors_of
+from copernicus.platform.embed import EmbedFailed, embed, open_images, sensors_of
 from copernicus.platform.embed_map import fill_map, write_map
 from copernicus.platform.embed_pictures import draw_components, draw_coverage
 from copernicus.platform.encoders import open_encoder
@@ -33,14 +35,15 @@ def run_embed(
     settings: Embed,
     checkpoint: Path | None,
     run: Run,
-    seen: Callable[[str], None],
     console: Console,
 ) -> Path:
     """Embed what is left and make map and pictures; returns the product's folder.
 
     Args:
         checkpoint: of this experiment's pretraining.
-        seen: told the data's fingerprint; refuses data that have changed.
+
+    Raises:
+        InputError: see `open_encoder` and `open_images`. EmbedFailed: too much of the data cannot be used.
     """
     folder = experiment.folder / "embed"
     model, weights, language = settings.encoder.model, settings.encoder.weights, settings.encoder.language
@@ -65,9 +68,13 @@ def run_embed(
             experiment.folder.parent / "index",
             lambda done, total, note: update(done, total, f"shards {note}"),
         )
-        seen(index.fingerprint)
-        result = embed(settings, encoder, index, folder, update)
-    _report(experiment.folder, result, run, console)
+        run.tags({"data_fingerprint": index.fingerprint})
+        try:
+            result = embed(settings, encoder, index, folder, update)
+        except EmbedFailed as error:
+            _report(experiment.folder, error.problems, (), run, console)
+            raise
+    _report(experiment.folder, result.problems, result.empty, run, console)
     described = {
         "model": model.name, "sizes": model.encoder_overrides(), "weights": weights, "seed": settings.encoder.seed,
         "language": language, "sensors": list(settings.sensors), "image_size": dict(settings.image_size),
@@ -75,7 +82,7 @@ def run_embed(
     }  # fmt: skip
     (folder / SETTINGS_FILE).write_text(json.dumps(described, indent=1))
     with progress_bar(console, "mapping") as update:
-        globe = fill_map(_tables(result.grids_file), result.width, folder / ".map.scratch")
+        globe = fill_map(merged_tables(result.grids_file), result.width, folder / ".map.scratch")
         files = write_map(globe, folder, settings.formats, update)
         pictures = experiment.folder / "pictures"
         what = f"{model.name}, {'random weights' if weights == 'none' else 'pretrained'}"
@@ -90,7 +97,7 @@ def run_embed(
     run.artifact(folder / SETTINGS_FILE, "embed")
     run.metrics({
         "embed/images": result.images, "embed/grids": result.grids, "embed/width": result.width,
-        "embed/skipped": len(result.problems), "embed/bytes": result.bytes,
+        "embed/skipped": result.lost, "embed/bytes": result.bytes,
         **({"embed/images_per_s": result.new / result.seconds} if result.new else {}),
     })  # fmt: skip
     console.print(
@@ -102,25 +109,23 @@ def run_embed(
     return folder
 
 
-def _tables(path: Path):
+def merged_tables(path: Path) -> Iterator[pa.Table]:
+    """The grid means of a product, a row group after the other."""
     with contextlib.closing(pq.ParquetFile(path)) as file:
         for number in range(file.num_row_groups):
             yield file.read_row_group(number)
 
 
-def _report(folder: Path, result: EmbedResult, run: Run, console: Console) -> None:
-    """What could not be used, counted and named."""
-    if not result.problems and not result.empty:
+def _report(folder: Path, problems: Sequence[Problem], empty: Sequence[str], run: Run, console: Console) -> None:
+    """What could not be used, counted and named. ``empty``: grids without any image."""
+    if not problems and not empty:
         return
     path = folder / "skipped_embed.txt"
-    path.write_text(
-        "".join(f"{p}\n" for p in result.problems) + "".join(f"{name}: no image\n" for name in result.empty)
-    )
+    path.write_text("".join(f"{p}\n" for p in problems) + "".join(f"{name}: no image\n" for name in empty))
     run.artifact(path)
-    counts = Counter(p.reason for p in result.problems)
-    said = [f"{n} {reason}" for reason, n in counts.most_common()]
-    if result.empty:
-        said.append(f"{len(result.empty)} grids without any image")
+    said = [f"{n} {reason}" for reason, n in Counter(p.reason for p in problems).most_common()]
+    if empty:
+        said.append(f"{len(empty)} grids without any image")
     console.print(f"  [yellow]skipped[/] {', '.join(said)}: named in {short_path(path)}", soft_wrap=True)
 
 

@@ -36,10 +36,13 @@ from copernicus.datasets.index import GridEntry, GridIndex
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import Problem, grid_name
 from copernicus.datasets.slices import DrawReader
+from copernicus.datasets.storage import Stamp
 from copernicus.models.encoder import Encoder
 from copernicus.platform.encoding import Precision, device_of, frozen
 
 IMAGES, GRIDS, DONE = "images", "grids", "done"
+PASSING = ("unreadable", "changed")
+"""Reasons that another attempt may not meet: chunks that have them are begun again."""
 
 
 def image_schema(width: int) -> pa.Schema:
@@ -61,12 +64,14 @@ def grid_schema(width: int) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one chunk holds. ``identity``: of the grids and of all that its numbers depend on."""
+    """What one chunk holds. ``identity``: of the grids, their shards and all else that its numbers depend on. ``lost``: images
+    that could not be used."""
 
     number: int
     identity: str
     grids: int
     images: int
+    lost: int = 0
     empty: tuple[str, ...] = ()  # grids without any image that could be used
     problems: tuple[Problem, ...] = ()
     bytes: int = 0
@@ -83,7 +88,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Everything a worker needs to know but the encoder and the index. ``identity``: of encoder, reading and data."""
+    """Everything a worker needs to know but the encoder and the index. ``identity``: of encoder and reading."""
 
     folder: str
     reader: DrawReader
@@ -99,26 +104,32 @@ class ChunkPlan:
     def path(self, kind: str, chunk: int) -> Path:
         return Path(self.folder) / kind / f"chunk-{chunk:06d}.{'json' if kind == DONE else 'parquet'}"
 
-    def chunk_identity(self, keys: Sequence[str]) -> str:
-        return hashlib.sha256(json.dumps([self.identity, list(keys)]).encode()).hexdigest()[:16]
+    def chunk_identity(self, grids: Sequence[tuple[str, Stamp]]) -> str:
+        """Of keys of grids, and of their shards as they were indexed."""
+        return hashlib.sha256(
+            json.dumps([self.identity, [[key, *stamp] for key, stamp in grids]]).encode()
+        ).hexdigest()[:16]
 
-    def done(self, chunk: int, keys: Sequence[str]) -> Chunk | None:
-        """The chunk, where an earlier attempt has finished it."""
+    def done(self, chunk: int, grids: Sequence[tuple[str, Stamp]]) -> Chunk | None:
+        """The chunk, where an earlier attempt has finished it, with nothing left out that might be read another time."""
         try:
             found = Chunk.from_json(self.path(DONE, chunk).read_text())
             size = sum(self.path(kind, chunk).stat().st_size for kind in (IMAGES, GRIDS))
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        return found if found.identity == self.chunk_identity(keys) and found.bytes == size else None
+        passing = any(problem.reason in PASSING for problem in found.problems)
+        same = found.identity == self.chunk_identity(grids) and found.bytes == size
+        return found if same and not passing else None
 
 
 @dataclass
 class Embedded:
-    """A chunk's numbers: rows in order of grid, sensor, patch and date."""
+    """A chunk's numbers: rows in order of grid, sensor, patch and date. ``listed``: images that there should be."""
 
     keys: list[ImageKey] = field(default_factory=list)
     embeddings_ND: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     problems: list[Problem] = field(default_factory=list)
+    listed: int = 0
 
 
 def embed_grids(
@@ -144,8 +155,9 @@ def embed_grids(
         parts.append((rows, z_BD))
 
     with ThreadPoolExecutor(readers) as pool:
-        for images, problems in read_ahead(pool, reader, grids, readers + 1):
+        for images, problems, listed in read_ahead(pool, reader, grids, readers + 1):
             out.problems += problems
+            out.listed += listed
             for image in images:
                 waiting[image.sensor].append((len(out.keys), image))
                 out.keys.append(image.key)
@@ -171,7 +183,7 @@ def embed_grids(
 
 def read_ahead(
     pool: ThreadPoolExecutor, reader: DrawReader, grids: Sequence[GridEntry], depth: int
-) -> Iterator[tuple[list[GridImage], list[Problem]]]:
+) -> Iterator[tuple[list[GridImage], list[Problem], int]]:
     """Each grid's images, in order, while the next ones are read."""
     rest = iter(grids)
     running = deque(pool.submit(read_images, reader, grid) for grid in islice(rest, depth))
@@ -234,7 +246,8 @@ def unpacked(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def write_chunk(encoder: Encoder, plan: ChunkPlan, number: int, grids: Sequence[GridEntry], readers: int) -> Chunk:
-    """Embed a chunk and write it."""
+    """Embed a chunk and write it. The old manifest goes first: it would speak of files that are others by now."""
+    plan.path(DONE, number).unlink(missing_ok=True)
     embedded = embed_grids(encoder, plan.reader, grids, plan.batch_size, plan.precision, readers)
     keys = embedded.keys
     width = embedded.embeddings_ND.shape[1]
@@ -251,8 +264,8 @@ def write_chunk(encoder: Encoder, plan: ChunkPlan, number: int, grids: Sequence[
     seen = {key.grid for key in keys}
     empty = tuple(name for grid in grids if (name := grid_name(int(grid.key))) not in seen)
     chunk = Chunk(
-        number, plan.chunk_identity([grid.key for grid in grids]), len(seen), len(keys), empty,
-        tuple(embedded.problems), size,
+        number, plan.chunk_identity([(grid.key, grid.stamp) for grid in grids]), len(seen), len(keys),
+        embedded.listed - len(keys), empty, tuple(embedded.problems), size,
     )  # fmt: skip
     replace_file(plan.path(DONE, number), chunk.to_json().encode())
     return chunk

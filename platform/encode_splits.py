@@ -29,6 +29,7 @@ from copernicus.datasets.sensors import InputError
 from copernicus.models.encoder import Encoder
 from copernicus.platform.encoding import FLIPS, Precision, collate, flipped, stored_features, stored_targets
 from copernicus.platform.feature_store import Chunk, Writer, finish, missing, resume
+from copernicus.platform.session import autoscales
 
 Progress = Callable[[str, int, int], None]  # split, samples done, samples in all
 
@@ -83,13 +84,16 @@ class Pool:
         return 1 + max(1, int(self.cpus_per_worker))
 
     def check(self) -> None:
-        """Refuse a pool that no node of the cluster could ever hold one actor of: Ray would wait for it forever.
+        """Refuse a pool that no node of the cluster could ever hold one actor of: Ray would wait for it forever. What a
+        cluster that brings nodes by itself will have is not known.
 
         Raises:
             InputError: there is no such node.
         """
         import ray
 
+        if autoscales():
+            return
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         asked = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
         if not any(all(node.get(name, 0) >= number for name, number in asked.items()) for node in nodes):

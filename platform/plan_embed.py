@@ -90,7 +90,9 @@ def plan_embed(experiment: Experiment, settings: Embed, cluster: Cluster, grids:
     reading, encoding, rate_status, rate_source = _rates(cluster)
     if cluster.gpu == "cpu":
         encoding, reading = (rate * settings.cpus_per_worker for rate in (encoding, reading))
-    if (cluster.gpu in GPUS and cluster.gpu != "h100") or (settings.precision != "bf16" and cluster.gpu != "cpu"):
+    if cluster.rate is not None:
+        encoding, rate_status, rate_source = cluster.rate.flops_per_s, cluster.rate.status, cluster.rate.source
+    elif cluster.gpu != "cpu" and (cluster.gpu != "h100" or settings.precision != "bf16"):
         sheet = GPUS[cluster.gpu]
         half = settings.precision == "bf16" and sheet.tflops_bf16 is not None
         peak = sheet.tflops_bf16 if half else sheet.tflops_float32

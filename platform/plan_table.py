@@ -171,7 +171,7 @@ def plan_command(
     if grids is not None and grids < 1:
         raise InputError(f"--grids: must be at least 1, it is {grids}")
     # An elastic run names two numbers of workers.
-    given = 1 if pretrain is None else int(np.max(pretrain.workers))
+    given = int(np.max(pretrain.workers)) if pretrain else (embed.workers if embed else None) or 1
     cluster = cluster_of(given, gpu, workers, per_node, read_rate, network, price, spot_price, None)
     if gpu == "here":
         with console.status("measuring this machine"):

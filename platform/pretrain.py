@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from copernicus.datasets.expand import expand
-from copernicus.datasets.index import UNREAD, GridIndex, from_surveys
+from copernicus.datasets.index import GridIndex, from_surveys
 from copernicus.datasets.order import Coverage, Order
 from copernicus.datasets.published import published_sensor
 from copernicus.datasets.raw import RawLayout, read_layout
@@ -31,7 +31,7 @@ from copernicus.platform.pretrain_worker import train_worker
 from copernicus.platform.schema import Pretrain
 from copernicus.platform.session import autoscales
 from copernicus.platform.shared_storage import marked
-from copernicus.platform.skipped import grids_of, too_many_skipped
+from copernicus.platform.skipped import too_many_skipped, unusable_share
 
 RESIZE_S = 300.0
 """How often an elastic run looks for room for more workers. They begin at the last checkpoint, so that the steps since are
@@ -99,7 +99,6 @@ def pretrain(
     train, held_out = index.split(settings.val_fraction, seed)
     if not len(train):
         raise InputError(f"pretrain.val_fraction: holds out all {len(index)} grids; lower it")
-    bad = len(grids_of(whole.problems))
     sensors = tuple(SENSORS[name] for name in settings.sensors)
     if settings.preset == "published":
         sensors = tuple(map(published_sensor, sensors))
@@ -117,9 +116,7 @@ def pretrain(
         language=open_language(settings.language),
     )
     plan.reader(augment=True)  # sizes are checked here, not on a worker
-    # A shard that could not be opened at all names no grids: its share of the shards stands for its share of the grids.
-    lost = sum(shard.stamp == UNREAD for shard in whole.shards) / len(whole.shards)
-    if (share := max(bad / plan.grids_seen, lost)) > settings.max_skipped:
+    if (share := unusable_share(whole)) > settings.max_skipped:
         raise PretrainFailed(too_many_skipped(list(whole.problems), share, settings.max_skipped))
     check_resources(settings, ray.cluster_resources())
     on_plan(plan, train, held_out)

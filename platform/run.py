@@ -86,7 +86,7 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
     state = State(folder)
     tracker = Tracker(experiment.tracking.uri, experiment.tracking.experiment, Path(experiment.output) / "artifacts")
     console.print(f"[bold]{experiment.name}[/] ({experiment.kind}) in {short_path(folder)}")
-    if state.get("done"):
+    if state.get("done") and not maps_missing(experiment):
         console.print("This experiment is finished; its results follow. [dim]--fresh runs it anew.[/]")
         _closing(experiment, state, tracker, console)
         return
@@ -365,6 +365,13 @@ def _sweep(
     return run_sweep(experiment, settings, checkpoint, run_for, tracker, parent, console)
 
 
+def maps_missing(experiment: Experiment) -> list[str]:
+    """Formats of the map that are asked for and not there: they may be asked for after all else is done."""
+    if experiment.embed is None or experiment.kind not in ("embed", "pipeline"):
+        return []
+    return [name for name in experiment.embed.formats if not (experiment.folder / "embed" / f"map.{name}").exists()]
+
+
 def _embed(
     experiment: Experiment,
     settings: Embed,
@@ -376,7 +383,7 @@ def _embed(
 ) -> None:
     from copernicus.platform.embed_stage import run_embed
 
-    if state.get("embedded"):
+    if state.get("embedded") and not maps_missing(experiment):
         console.print(f"  done before: {short_path(experiment.folder / 'embed')}")
         return
     single = experiment.kind == "embed"
@@ -384,18 +391,10 @@ def _embed(
     run = parent if single else tracker.start("embed", tags, parent, state.get("embed_run_id"))
     state.set(embed_run_id=run.id)
 
-    def seen(fingerprint: str) -> None:
-        if state.get("embedded_data") not in (None, fingerprint):
-            raise InputError(
-                "embed.shards: the shards have changed since this run began; put them back, or give --fresh to start anew"
-            )
-        state.set(embedded_data=fingerprint)
-        run.tags({"data_fingerprint": fingerprint})
-        if not single:
-            run.parameters({k: v for k, v in experiment.parameters().items() if k.startswith("embed.")})
-
+    if not single:
+        run.parameters({k: v for k, v in experiment.parameters().items() if k.startswith("embed.")})
     with contextlib.nullcontext() if single else run.ending():
-        run_embed(experiment, settings, checkpoint, run, seen, console)
+        run_embed(experiment, settings, checkpoint, run, console)
     state.set(embedded=True)
 
 

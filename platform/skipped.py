@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from copernicus.datasets.index import UNREAD, GridIndex
 from copernicus.datasets.raw_index import SURPLUS
 from copernicus.datasets.shards import Problem
 
@@ -28,6 +29,13 @@ def too_many_skipped(problems: list[Problem], share: float, limit: float) -> str
         f"{share:.1%} of the grids could not be used in full, above pretrain.max_skipped={limit:.1%}. "
         f"{len(problems)} problems, the first: {shown}. Repair the shards or raise the limit"
     )
+
+
+def unusable_share(index: GridIndex) -> float:
+    """The share of the grids that the index found something wrong with. A shard that could not be opened at all names no
+    grids: its share of the shards stands for its share of the grids."""
+    lost = sum(shard.stamp == UNREAD for shard in index.shards) / len(index.shards)
+    return max(len(grids_of(index.problems)) / index.grids_seen, lost)
 
 
 def problems_in(columns: dict[str, np.ndarray]) -> list[Problem]:

@@ -149,9 +149,9 @@ def validate(e: Experiment, source: str, elsewhere: bool = False) -> None:
         _pretrain(check, e.pretrain)
     if e.sweep is not None:
         _sweep(check, e, e.sweep)
-    if e.embed is not None:
+    if e.embed is not None and e.kind in ("embed", "pipeline"):
         _embed(check, e, e.embed)
-    if e.climate is not None:
+    if e.climate is not None and e.kind in ("climate", "pipeline"):
         _climate(check, e, e.climate)
 
 
@@ -185,6 +185,8 @@ def _images(check: Check, at: str, p: Pretrain | Embed) -> None:
         raise check.wrong(f"{at}.sensors", f"empty; valid choices: {', '.join(SENSORS)}")
     for i, sensor in enumerate(p.sensors):
         check.choice(f"{at}.sensors[{i}]", sensor, tuple(SENSORS))
+    if len(set(p.sensors)) < len(p.sensors):
+        raise check.wrong(f"{at}.sensors", f"has one twice: {', '.join(p.sensors)}")
     for sensor, size in p.image_size.items():
         check.choice(f"{at}.image_size.{sensor}", sensor, tuple(SENSORS))
         check.multiple(f"{at}.image_size.{sensor}", size, SENSORS[sensor].patch_kernel)

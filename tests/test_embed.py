@@ -1,17 +1,25 @@
 """Embedding: every image once, against encoding one by one; chunks that go on where they stopped; damaged shards."""
 
+import contextlib
+import copy
 import dataclasses
 import hashlib
+import io
 import json
+import signal
+import subprocess
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SIZES, make_grid
+from test_run import command, copernicus, interruptible, runs
 
 from copernicus.datasets.augment import apply_crop, centre_crop
 from copernicus.datasets.images import image_choices, read_images
@@ -19,8 +27,9 @@ from copernicus.datasets.index import index_shards
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import grid_name, write_shards
 from copernicus.datasets.slices import DrawReader
+from copernicus.models.language import LanguageTable
 from copernicus.models.zoo import create_encoder
-from copernicus.platform.embed import EmbedFailed, embed, image_count, make_plan
+from copernicus.platform.embed import EmbedFailed, embed, image_count, make_plan, open_images
 from copernicus.platform.embed_worker import (
     DONE,
     GRIDS,
@@ -67,8 +76,9 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def test_every_image_of_a_grid_is_there_once_and_whole(shards, index, reader):
-    images, problems = read_images(reader, index[3])
+    images, problems, listed = read_images(reader, index[3])
     assert not problems
+    assert listed == len(images)
     counts = Counter(image.key.modality for image in images)
     assert counts == {"s1_grd": 6, "s2_toa": 6, "dem": 1, **{n: 3 for n in SENSORS if n.startswith(("s3", "s5p"))}}
     assert len({image.key for image in images}) == len(images)
@@ -187,7 +197,7 @@ def test_neither_workers_nor_interruptions_change_a_byte(product, index, encoder
 def test_another_encoder_makes_everything_anew(product, index, tmp_path):
     other = create_encoder(MODEL.name, SENSORS["s1_grd"], 1, **MODEL.encoder_overrides()).eval()
     plan = make_plan(SETTINGS, other, product.folder)
-    assert plan.done(0, [grid.key for grid in index.entries(range(5))]) is None
+    assert plan.done(0, [(grid.key, grid.stamp) for grid in index.entries(range(5))]) is None
 
 
 def test_chunks_of_grids_without_an_image_are_empty(index, reader, encoder, tmp_path):
@@ -196,34 +206,101 @@ def test_chunks_of_grids_without_an_image_are_empty(index, reader, encoder, tmp_
     for kind in (IMAGES, GRIDS, DONE):
         (tmp_path / kind).mkdir()
     chunk = write_chunk(encoder, plan, 0, [index[5]], 1)
-    assert (chunk.images, chunk.grids, chunk.empty) == (0, 0, (grid_name(int(index[5].key)),))
-    assert plan.done(0, [index[5].key]) == chunk
+    assert (chunk.images, chunk.grids, chunk.lost, chunk.empty) == (0, 0, 0, (grid_name(int(index[5].key)),))
+    assert plan.done(0, [(index[5].key, index[5].stamp)]) == chunk
 
 
 # ---------------------------------------------------------------- what cannot be used
 
 
 def test_what_cannot_be_read_is_left_out_and_named(ray, shards, encoder, tmp_path):
-    """A compressed-looking member, an image without a value, and a shard that has gone."""
+    """Images without a value; then a shard that has gone, and comes back."""
     grids = [make_grid(i) for i in range(4)]
     grids[1].arrays["s1_grd"][0, 1] = np.nan
     grids[2].arrays["s3_olci"][:] = np.nan
     write_shards(iter(grids), tmp_path / "shards", grids_per_shard=2)
     index = index_shards(str(tmp_path / "shards"))
-    result = embed(dataclasses.replace(SETTINGS, max_skipped=0.2), encoder, index, tmp_path / "out")
+    lenient = dataclasses.replace(SETTINGS, grids_per_chunk=1, max_skipped=0.2)
+    result = embed(lenient, encoder, index, tmp_path / "out")
     keys = [grid.key for grid in grids]
     assert Counter(p.reason for p in result.problems) == {"all_nan": 4}
     assert sum(keys[1] in p.where for p in result.problems) == 1
     assert sum(keys[2] in p.where for p in result.problems) == 3
-    assert result.images == 4 * 28 - 4
-    assert result.empty == ()
-    with pytest.raises(EmbedFailed, match=r"embed.max_skipped=1.0%; the first: .*all_nan"):
-        embed(dataclasses.replace(SETTINGS, max_skipped=0.01), encoder, index, tmp_path / "strict")
+    assert (result.images, result.lost, result.empty) == (4 * 28 - 4, 4, ())
+    strict = dataclasses.replace(lenient, max_skipped=0.01)
+    for _ in range(2):  # what is done before counts as well
+        with pytest.raises(
+            EmbedFailed, match=r"of 112 images .* embed.max_skipped=1.0%; the first: .*all_nan"
+        ) as failed:
+            embed(strict, encoder, index, tmp_path / "strict")
+    assert len(failed.value.problems) >= 1
 
-    (tmp_path / "shards" / "example-000001.tar").unlink()
-    gone = embed(dataclasses.replace(SETTINGS, max_skipped=1.0), encoder, index, tmp_path / "gone")
+    shard = tmp_path / "shards" / "example-000001.tar"
+    shard.rename(tmp_path / "away.tar")
+    with pytest.raises(EmbedFailed, match=r"29 of 112 images could not be used"):
+        embed(lenient, encoder, index, tmp_path / "gone")
+    gone = embed(dataclasses.replace(lenient, max_skipped=1.0), encoder, index, tmp_path / "gone")
     assert gone.empty == tuple(grid_name(int(key)) for key in keys[2:])
-    assert sum(p.reason == "unreadable" for p in gone.problems) == 2
+    assert (gone.images, gone.lost) == (55, 57)
+    assert Counter(p.reason for p in gone.problems) == {"unreadable": 2, "all_nan": 1}
+    (tmp_path / "away.tar").rename(shard)
+    back = embed(lenient, encoder, index, tmp_path / "gone")
+    assert (back.images, back.new, back.empty) == (result.images, 53, ())
+    assert files(tmp_path / "gone") == files(tmp_path / "out")
+
+
+def test_shards_that_changed_are_embedded_anew(ray, encoder, tmp_path):
+    """The same layout, other numbers: the chunks of that shard alone."""
+    write_shards((make_grid(i) for i in range(4)), tmp_path / "shards", grids_per_shard=2)
+    chunked = dataclasses.replace(SETTINGS, grids_per_chunk=2)
+    first = embed(chunked, encoder, index_shards(str(tmp_path / "shards")), tmp_path / "out")
+    write_shards((make_grid(i, seed=1) for i in (2, 3)), tmp_path / "other", grids_per_shard=2)
+    (tmp_path / "other" / "example-000000.tar").replace(tmp_path / "shards" / "example-000001.tar")
+    again = embed(chunked, encoder, index_shards(str(tmp_path / "shards")), tmp_path / "out")
+    assert (first.images, again.images, again.new) == (112, 112, 56)
+    whole = embed(chunked, encoder, index_shards(str(tmp_path / "shards")), tmp_path / "anew")
+    assert whole.new == 112
+    assert files(tmp_path / "out") == files(tmp_path / "anew")
+
+
+def test_what_the_index_found_wrong_is_named_and_limited(ray, encoder, tmp_path):
+    write_shards((make_grid(i) for i in range(4)), tmp_path / "shards", grids_per_shard=1)
+    shard = tmp_path / "shards" / "example-000003.tar"
+    with open(shard, "r+b") as file:
+        file.truncate(shard.stat().st_size // 3)
+    settings = dataclasses.replace(SETTINGS, shards=[str(tmp_path / "shards")], max_skipped=0.5)
+    index = open_images(settings, tmp_path / "index", lambda *said: None)
+    result = embed(settings, encoder, index, tmp_path / "out")
+    assert any("example-000003.tar" in p.where for p in result.problems)
+    with pytest.raises(EmbedFailed, match=r"of the grids could not be used, above embed.max_skipped=5.0%"):
+        embed(dataclasses.replace(settings, max_skipped=0.05), encoder, index, tmp_path / "strict")
+
+
+def test_a_grid_that_is_no_cell_is_left_out_and_named(ray, tmp_path):
+    write_shards((make_grid(i) for i in range(2)), tmp_path / "shards", grids_per_shard=2)
+    shard = tmp_path / "shards" / "example-000000.tar"
+    key = make_grid(1).key
+    with tarfile.open(shard) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
+    with tarfile.open(shard, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name.replace(key, "place_7"))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    settings = dataclasses.replace(SETTINGS, shards=[str(shard)])
+    index = open_images(settings, tmp_path / "index", lambda *said: None)
+    assert index.keys == [make_grid(0).key]
+    assert [p.where for p in index.problems if p.reason == "bad_grid_id"] == ["place_7"]
+
+
+def test_other_language_embeddings_are_another_encoder(encoder, tmp_path):
+    other = copy.deepcopy(encoder)
+    plans = [make_plan(SETTINGS, one, tmp_path).identity for one in (encoder, other)]
+    assert plans[0] == plans[1]
+    table = LanguageTable({SENSORS["dem"].variable: torch.ones(2048)})
+    told = create_encoder(MODEL.name, SENSORS["s1_grd"], 0, **MODEL.encoder_overrides(), language=table)
+    told.load_state_dict(encoder.state_dict())
+    assert make_plan(SETTINGS, told.eval(), tmp_path).identity != plans[0]
 
 
 def test_an_embedding_that_is_not_finite_is_named(index, reader, encoder):
@@ -256,3 +333,55 @@ def test_an_actor_opens_what_it_is_given(ray, index, encoder, tmp_path):
     worker = ChunkEmbedder(ray.put(encoder), ray.put(index), plan)
     (said,) = worker({"number": np.array([4])})["chunk"]
     assert json.loads(said)["grids"] == 4
+
+
+# ---------------------------------------------------------------- killed
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_where_it_stopped_and_ends_with_the_same_bytes(shards, tmp_path):
+    """By Ctrl-C, and, gone on, by kill -9 of the driver and of the workers that it had."""
+    sizes = ", ".join(f"{name}: {side}" for name, side in SIZES.items())
+    (tmp_path / "globe.yaml").write_text(
+        f"name: globe\nkind: embed\nembed:\n  shards: [{shards}]\n  image_size: {{{sizes}}}\n  batch_size: 4\n"
+        "  grids_per_chunk: 1\n  workers: 1\n  formats: [npz]\n"
+        "  encoder: {model: {name: copernicus_fm_base, embed_dim: 96, depth: 4, num_heads: 4}}\n"
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    copernicus(whole, "run", "../globe.yaml")
+    before: set[str] = set()
+    for how in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(
+            command("run", "../globe.yaml"), cwd=broken, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=interruptible,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 240
+            while time.monotonic() < deadline and process.poll() is None:
+                if len({p.name for p in broken.glob("runs/globe-*/embed/done/*.json")} - before) >= 2:
+                    break
+                time.sleep(0.02)
+            assert process.poll() is None, process.stdout.read().decode()  # type: ignore[union-attr]
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(how)
+            code = process.wait(timeout=120)
+            assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
+            if how == signal.SIGKILL:
+                for child in children:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+        finally:
+            if process.poll() is None:
+                process.kill()
+        before = {p.name for p in broken.glob("runs/globe-*/embed/done/*.json")}
+        assert 2 <= len(before) < 24, "interrupted too late to say anything"
+    output = copernicus(broken, "run", "../globe.yaml")
+    assert f"{len(before)} chunks done before" in output
+    (one,), (other,) = (list(folder.glob("runs/globe-*/embed")) for folder in (whole, broken))
+    assert files(one) == files(other)
+    assert (one / "map.npz").read_bytes() == (other / "map.npz").read_bytes()
+    found = runs(broken)
+    assert [run["status"] for run in found.values()] == ["FINISHED"]
+    assert not list(other.glob("*/.*.part"))

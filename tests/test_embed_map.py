@@ -8,7 +8,18 @@ import torch
 
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import grid_name
-from copernicus.platform.embed_map import FORMATS, NPZ, PIXELS, PT, ZARR, fill_map, pixel_at, write_map
+from copernicus.platform.embed_map import (
+    FORMATS,
+    LATITUDE,
+    LONGITUDE,
+    NPZ,
+    PIXELS,
+    PT,
+    ZARR,
+    fill_map,
+    pixels_of,
+    write_map,
+)
 from copernicus.platform.embed_pictures import draw_components, draw_coverage, principal_components, spread
 from copernicus.platform.embed_worker import grid_schema, vectors
 
@@ -26,6 +37,11 @@ WIDTH = 5
 def number(lon: float, lat: float) -> int:
     """The published formula."""
     return round((lat + 90) / 0.25) * 1440 + round((lon + 180) / 0.25)
+
+
+def pixel_at(lon: float, lat: float) -> tuple[int, int]:
+    """Row and column of the map for a place on the grid, counted from the north-western corner."""
+    return round((90 - lat) / 0.25), round((lon + 180) / 0.25) % 1440
 
 
 def means(numbers: list[int], embeddings: np.ndarray) -> pa.Table:
@@ -48,8 +64,10 @@ def made(tmp_path_factory):
 
 def test_the_example_of_the_published_shards():
     assert number(-70.25, -55.25) == 200599
-    assert {place: pixel_at(*place) for place in PLACES} == PLACES
-    assert pixel_at(180.0, 0.05) == (360, 0)  # the date line is one line
+    rows, columns = pixels_of(np.array([number(*place) for place in PLACES]))
+    assert list(zip(rows, columns, strict=True)) == list(PLACES.values())
+    assert [(LONGITUDE[j], LATITUDE[i]) for i, j in PLACES.values()] == list(PLACES)
+    assert [pixel_at(*place) for place in PLACES] == list(PLACES.values())
 
 
 def test_known_cells_in_every_format(made):

@@ -55,7 +55,7 @@ def child(shards: Path, out: Path) -> None:
     from copernicus.platform.embed import embed
     from copernicus.platform.embed_map import FORMATS, fill_map, write_map
     from copernicus.platform.embed_pictures import draw_components, draw_coverage
-    from copernicus.platform.embed_stage import _tables
+    from copernicus.platform.embed_stage import merged_tables
     from copernicus.platform.schema import Embed
     from copernicus.platform.session import ray_session
 
@@ -68,7 +68,7 @@ def child(shards: Path, out: Path) -> None:
             result = embed(settings, encoder, index, out)
         seconds = time.perf_counter() - began
         with Resident() as mapping:
-            globe = fill_map(_tables(result.grids_file), result.width, out / ".scratch")
+            globe = fill_map(merged_tables(result.grids_file), result.width, out / ".scratch")
             write_map(globe, out, FORMATS, lambda done, total, note: None)
             draw_components(globe, "memory", out / "globe.png")
             draw_coverage(globe, "memory", out / "coverage.png")
