@@ -128,7 +128,7 @@ def image_count(index: GridIndex, sensors: Sequence[Sensor]) -> int:
     return total
 
 
-def pool_size(settings: Embed, images: int, nodes: Sequence[dict[str, float]]) -> int:
+def pool_size(settings: Embed, images: int) -> int:
     """Workers: as many as the YAML says, or as the nodes have room for; none, and this process embeds, where there is hardly
     anything to embed."""
     if settings.workers is not None:
@@ -137,6 +137,9 @@ def pool_size(settings: Embed, images: int, nodes: Sequence[dict[str, float]]) -
         return ASKED_FOR
     if images < WORTH_A_WORKER and not settings.gpus_per_worker:
         return 0
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     asked = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
     room = (min(node.get(name, 0.0) / amount for name, amount in asked.items() if amount) for node in nodes)
     return max(1, sum(math.floor(n + 1e-9) for n in room))
@@ -183,8 +186,6 @@ def embed(
         InputError: sizes or a pool that do not fit.
         EmbedFailed: more images than ``max_skipped`` could not be used.
     """
-    import ray
-
     plan = make_plan(settings, encoder, folder)
     if (share := unusable_share(index)) > settings.max_skipped:
         raise EmbedFailed(_too_many(f"{share:.1%} of the grids", settings, index.problems), index.problems)
@@ -213,8 +214,7 @@ def embed(
     on_progress(seen, len(index), f"{len(chunks)} chunks done before" if chunks else "")
     refuse_losses(total)
     left = total * len(todo) // max(1, len(numbers))
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    pool = Pool(pool_size(settings, left, nodes), settings.cpus_per_worker, settings.gpus_per_worker)
+    pool = Pool(pool_size(settings, left), settings.cpus_per_worker, settings.gpus_per_worker)
     with contextlib.closing((_with_ray if pool.workers else _here)(pool, encoder, index, plan, todo)) as run:
         for chunk in run:
             chunks[chunk.number] = chunk

@@ -339,7 +339,7 @@ def test_an_actor_opens_what_it_is_given(ray, index, encoder, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on_where_it_stopped_and_ends_with_the_same_bytes(shards, tmp_path):
+def test_killed_it_goes_on_where_it_stopped_and_ends_with_the_same_bytes(shards, index, reader, tmp_path):
     """By Ctrl-C, and, gone on, by kill -9 of the driver and of the workers that it had."""
     sizes = ", ".join(f"{name}: {side}" for name, side in SIZES.items())
     (tmp_path / "globe.yaml").write_text(
@@ -347,20 +347,16 @@ def test_killed_it_goes_on_where_it_stopped_and_ends_with_the_same_bytes(shards,
         "  grids_per_chunk: 1\n  workers: 1\n  formats: [npz]\n"
         "  encoder: {model: {name: copernicus_fm_base, embed_dim: 96, depth: 4, num_heads: 4}}\n"
     )
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
-    broken.mkdir()
-    copernicus(whole, "run", "../globe.yaml")
     before: set[str] = set()
     for how in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen(
-            command("run", "../globe.yaml"), cwd=broken, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command("run", "globe.yaml"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             preexec_fn=interruptible,
         )  # fmt: skip
         try:
             deadline = time.monotonic() + 240
             while time.monotonic() < deadline and process.poll() is None:
-                if len({p.name for p in broken.glob("runs/globe-*/embed/done/*.json")} - before) >= 2:
+                if len({p.name for p in tmp_path.glob("runs/globe-*/embed/done/*.json")} - before) >= 2:
                     break
                 time.sleep(0.02)
             assert process.poll() is None, process.stdout.read().decode()  # type: ignore[union-attr]
@@ -375,13 +371,16 @@ def test_killed_it_goes_on_where_it_stopped_and_ends_with_the_same_bytes(shards,
         finally:
             if process.poll() is None:
                 process.kill()
-        before = {p.name for p in broken.glob("runs/globe-*/embed/done/*.json")}
+        before = {p.name for p in tmp_path.glob("runs/globe-*/embed/done/*.json")}
         assert 2 <= len(before) < 24, "interrupted too late to say anything"
-    output = copernicus(broken, "run", "../globe.yaml")
+    output = copernicus(tmp_path, "run", "globe.yaml")
     assert f"{len(before)} chunks done before" in output
-    (one,), (other,) = (list(folder.glob("runs/globe-*/embed")) for folder in (whole, broken))
-    assert files(one) == files(other)
-    assert (one / "map.npz").read_bytes() == (other / "map.npz").read_bytes()
-    found = runs(broken)
-    assert [run["status"] for run in found.values()] == ["FINISHED"]
-    assert not list(other.glob("*/.*.part"))
+    (folder,) = tmp_path.glob("runs/globe-*/embed")
+    table = pq.read_table(sorted((folder / IMAGES).iterdir()))
+    same = create_encoder("copernicus_fm_base", SENSORS["s1_grd"], 0, embed_dim=96, depth=4, num_heads=4).eval()
+    undisturbed = embed_grids(same, reader, list(index), batch_size=4)
+    assert table["grid_id_coord"].to_pylist() == [key.grid for key in undisturbed.keys]
+    assert unpacked(table["embedding"]).tobytes() == undisturbed.embeddings_ND.tobytes()
+    assert sum(len(part) for part, _ in grid_tables(folder / "grids.parquet")) == 24
+    assert [run["status"] for run in runs(tmp_path).values()] == ["FINISHED"]
+    assert not list(folder.glob("*/.*.part"))
