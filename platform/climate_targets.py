@@ -57,7 +57,7 @@ def open_targets(path: str | Path, variables: Sequence[str] | None = None) -> Ta
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"climate.targets: {path} cannot be read ({first[:200]}); give NetCDF or parquet") from None
     if variables is not None:
-        chosen = {}
+        chosen: dict[str, np.ndarray] = {}
         for name in variables:
             found = [k for k in columns if k in (name, f"{name}_mean", f"{name}_std")]
             if not found:

@@ -7,7 +7,6 @@ found by their manifests and not begun again; the means of all grids are put tog
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import json
@@ -161,14 +160,8 @@ def make_plan(settings: Embed, encoder: Encoder, folder: Path) -> ChunkPlan:
         "device": "cuda" if settings.gpus_per_worker else "cpu", "language": table.digests(variables(sensors)) if table else {},
     }  # fmt: skip
     identity = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    return ChunkPlan(
-        str(folder.absolute()),
-        reader,
-        settings.grids_per_chunk,
-        settings.batch_size,
-        settings.precision,
-        identity,  # type: ignore[arg-type]
-    )
+    precision: Any = settings.precision
+    return ChunkPlan(str(folder.absolute()), reader, settings.grids_per_chunk, settings.batch_size, precision, identity)
 
 
 def embed(
@@ -267,8 +260,8 @@ def _with_ray(pool: Pool, encoder: Encoder, index: GridIndex, plan: ChunkPlan, t
     device = "cuda" if pool.gpus_per_worker else "cpu"
     most = min(pool.workers, len(todo))
     # Where nodes come as they are asked for, the first to come begins.
-    size = {"min_size": 1, "max_size": most} if autoscales() else {"size": most}
-    references = ray.put(copy.deepcopy(encoder).cpu()), ray.put(index)
+    size: dict[str, Any] = {"min_size": 1, "max_size": most} if autoscales() else {"size": most}
+    references = ray.put(encoder), ray.put(index)
     rows = ray.data.from_items([{"number": number} for number in todo], override_num_blocks=len(todo)).map_batches(
         ChunkEmbedder,
         batch_size=1,

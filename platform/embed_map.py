@@ -126,7 +126,7 @@ def write_zarr(globe: GlobeMap, path: Path) -> None:
         {"Conventions": "CF-1.10", "title": "Embeddings of the globe at 0.25 degrees: means over images"}
     )
 
-    def add(name: str, dims: tuple[str, ...], dtype: str, chunks: tuple[int, ...], **attributes: str) -> Any:
+    def add(name: str, dims: tuple[str, ...], dtype: str, chunks: tuple[int, ...], **attributes: Any) -> Any:
         shape = tuple({"latitude": rows, "longitude": columns, "feature": width}[dim] for dim in dims)
         return group.create_array(
             name, shape=shape, chunks=chunks, dtype=dtype, fill_value=0, dimension_names=dims, attributes=attributes

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import uuid
@@ -22,7 +23,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +171,11 @@ def embed_grids(
     whole_ND = np.empty((len(out.keys), parts[0][1].shape[1]), np.float32)
     for rows, z_BD in parts:
         whole_ND[rows] = z_BD.cpu().numpy()
-    sound_N = np.isfinite(whole_ND).all(1)
-    for row in np.flatnonzero(~sound_N):
-        key = out.keys[row]
+    sound_N = np.isfinite(whole_ND).all(1).tolist()
+    for key in itertools.compress(out.keys, (not sound for sound in sound_N)):
         where = "/".join(filter(None, (key.grid, key.modality, key.local, key.date)))
         out.problems.append(Problem(where, "not_finite", "its embedding"))
-    out.keys = [key for key, sound in zip(out.keys, sound_N, strict=True) if sound]
+    out.keys = list(itertools.compress(out.keys, sound_N))
     out.embeddings_ND = whole_ND[sound_N]
     return out
 
@@ -186,10 +185,10 @@ def read_ahead(
 ) -> Iterator[tuple[list[GridImage], list[Problem], int]]:
     """Each grid's images, in order, while the next ones are read."""
     rest = iter(grids)
-    running = deque(pool.submit(read_images, reader, grid) for grid in islice(rest, depth))
+    running = deque(pool.submit(read_images, reader, grid) for grid in itertools.islice(rest, depth))
     while running:
         result = running.popleft().result()
-        running += [pool.submit(read_images, reader, grid) for grid in islice(rest, 1)]
+        running += [pool.submit(read_images, reader, grid) for grid in itertools.islice(rest, 1)]
         yield result
 
 
