@@ -171,7 +171,7 @@ def embed_grids(
     whole_ND = np.empty((len(out.keys), parts[0][1].shape[1]), np.float32)
     for rows, z_BD in parts:
         whole_ND[rows] = z_BD.cpu().numpy()
-    sound_N = np.isfinite(whole_ND).all(1).tolist()
+    sound_N: list[bool] = np.asarray(np.isfinite(whole_ND).all(1)).tolist()
     for key in itertools.compress(out.keys, (not sound for sound in sound_N)):
         where = "/".join(filter(None, (key.grid, key.modality, key.local, key.date)))
         out.problems.append(Problem(where, "not_finite", "its embedding"))
