@@ -102,7 +102,7 @@ def test_a_submitted_pretraining_spans_both_nodes_and_ends_as_it_does_here(clust
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos  # four minutes; submission itself is shown above
 @pytest.mark.timeout(900)
 def test_a_submitted_sweep_ends_as_it_does_here(cluster, tmp_path):
     output = cluster.copernicus("submit", *SWEEP, "--cluster", str(cluster.file))

@@ -179,7 +179,7 @@ def test_another_number_of_workers_goes_on_with_the_next_sample(tmp_path, whole_
     assert_each_epoch_was_trained_once(tmp_path, "broken", whole_grids)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_an_elastic_run_goes_on_with_the_worker_that_is_left(tmp_path, whole_grids):
     """A worker on each of two nodes, one node killed for good: the other trains the whole batch."""
@@ -207,7 +207,7 @@ def test_an_elastic_run_goes_on_with_the_worker_that_is_left(tmp_path, whole_gri
     assert sorted(m.step for m in history) == list(range(1, EPOCHS * DRAWS * GRIDS // 8 + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_shared_out_over_two_workers_and_killed_it_ends_with_the_same_bits(tmp_path, whole_grids):
     """FSDP: one worker of two killed, then the driver. Held-out grids, so that evaluation comes before checkpoints."""
