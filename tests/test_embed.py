@@ -18,12 +18,14 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SIZES, make_grid
+from conftest import RAW_SIZES, SIZES, make_grid
 from test_run import command, copernicus, interruptible, runs
 
 from copernicus.datasets.augment import apply_crop, centre_crop
 from copernicus.datasets.images import image_choices, read_images
-from copernicus.datasets.index import index_shards
+from copernicus.datasets.index import from_surveys, index_shards
+from copernicus.datasets.raw import read_layout
+from copernicus.datasets.raw_index import survey_layout
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.shards import grid_name, write_shards
 from copernicus.datasets.slices import DrawReader
@@ -130,6 +132,23 @@ def test_an_embedding_does_not_depend_on_its_neighbours(index, reader, encoder):
     alone = embed_grids(encoder, reader, index.entries([2]), batch_size=4)
     rows = [several.keys.index(key) for key in alone.keys]
     assert several.embeddings_ND[rows].tobytes() == alone.embeddings_ND.tobytes()
+
+
+def test_raw_geotiffs_are_embedded_as_the_shards_made_of_them(raw, encoder, tmp_path):
+    folder, grids = raw
+    write_shards(iter(grids), tmp_path, grids_per_shard=len(grids))
+    sizes = {"s1_grd": 16, "s2_toa": 16, "s3_olci": 8, "dem": 64, **{n: 28 for n in SENSORS if n.startswith("s5p_")}}
+    reader = DrawReader(tuple(SENSORS.values()), sizes, augment=False)
+    layout = from_surveys([survey_layout(read_layout(folder), RAW_SIZES)])
+    found = [embed_grids(encoder, reader, list(index), batch_size=4) for index in (layout, index_shards(str(tmp_path)))]
+    rows = [dict(zip(out.keys, out.embeddings_ND, strict=True)) for out in found]
+    assert len(rows[0]) == len(found[0].keys) > 50
+    assert rows[0].keys() == rows[1].keys()
+    for key, z_D in rows[0].items():
+        np.testing.assert_allclose(z_D, rows[1][key], rtol=1e-3, atol=1e-4, err_msg=str(key))
+
+    geotiffs = dataclasses.replace(SETTINGS, shards=[], geotiffs=str(folder))
+    assert open_images(geotiffs, tmp_path, lambda *said: None).keys == layout.keys
 
 
 def test_grid_means_by_hand():
