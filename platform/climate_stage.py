@@ -20,11 +20,8 @@ from copernicus.platform.climate_targets import Targets, open_targets
 from copernicus.platform.embed_map import pixels_of
 from copernicus.platform.grid_means import GRIDS_FILE, grid_tables, grids_file
 from copernicus.platform.progress import short_path
-from copernicus.platform.schema import Climate, Experiment
+from copernicus.platform.schema import FEWEST, Climate, Experiment
 from copernicus.platform.tracking import Run, clean_name
-
-FEWEST = 50
-"""Cells with which a probe is worth its name: a fifth of them is the test part."""
 
 
 def run_climate(
@@ -89,6 +86,17 @@ def run_climate(
     return probes
 
 
+def check_climate(settings: Climate) -> None:
+    """Find wrong targets and embeddings before anything is run.
+
+    Raises:
+        InputError: see `open_targets` and `grid_tables`.
+    """
+    open_targets(settings.targets, settings.variables)
+    if settings.embeddings is not None:
+        next(grid_tables(grids_file(Path(settings.embeddings))), None)
+
+
 def choose_cells(
     targets: Targets, source: Path | None, count: int | None, seed: int
 ) -> tuple[Cells, np.ndarray | None, str]:
@@ -123,6 +131,11 @@ def choose_cells(
         chosen = np.sort(generator("climate", "cells", seed).choice(len(rows), count, replace=False))
         rows, columns = rows[chosen], columns[chosen]
     cells = Cells(rows, columns, targets.values[rows, columns])
+    for name, values_N in zip(targets.names, cells.targets_NV.T, strict=True):
+        if (values_N == values_N[0]).all():
+            raise InputError(
+                f"climate: {name} is {values_N[0]:g} in every cell, and tells nothing; leave it out of climate.variables"
+            )
     if source is None:
         return cells, None, said
     place = np.full(complete.shape, -1, np.int64)

@@ -7,6 +7,7 @@ bilinear interpolation gives.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def open_targets(path: str | Path, variables: Sequence[str] | None = None) -> Ta
         lon, lat = np.asarray(lon, np.float64), np.asarray(lat, np.float64)
     except FileNotFoundError:
         raise InputError(f"climate.targets: no such file: {path}") from None
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, LookupError, struct.error, pa.ArrowException) as error:
         if isinstance(error, InputError):
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -124,7 +125,7 @@ Columns = tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]
 
 def _read_parquet(path: Path) -> Columns:
     table = pq.read_table(path)
-    lon, lat = (next((n for n in names if n in table.column_names), None) for names in (LONGITUDES, LATITUDES))
+    lon, lat = (next((n for n in table.column_names if n.lower() in names), None) for names in (LONGITUDES, LATITUDES))
     known = {lon, lat, "grid_id_coord", "grid_id", "row", "column"}
     columns = {
         name: table[name].to_numpy()
@@ -151,7 +152,7 @@ def _read_netcdf(path: Path, variables: Sequence[str] | None) -> Columns:
 
     with open(path, "rb") as file:
         engine = "h5netcdf" if file.read(4) == b"\x89HDF" else "scipy"
-    with xarray.open_dataset(path, engine=engine) as data:
+    with xarray.open_dataset(path, engine=engine, decode_times=False) as data:
         lon, lat = (
             next((str(n) for n in data.variables if str(n).lower() in names), None) for names in (LONGITUDES, LATITUDES)
         )
@@ -160,6 +161,9 @@ def _read_netcdf(path: Path, variables: Sequence[str] | None) -> Columns:
                 f"climate.targets: {path} has no coordinates longitude and latitude of one dimension; it has "
                 f"{', '.join(map(str, data.variables))}"
             )
+        ends = data[lon].to_numpy()[[0, -1]]
+        if len(data[lon]) > 1 and abs(abs(ends[1] - ends[0]) - 360) < 1e-3:  # the date line, or Greenwich, given twice
+            data = data.isel({data[lon].dims[0]: slice(None, -1)})
         columns: dict[str, np.ndarray] = {}
         for name, values in sorted(data.data_vars.items(), key=lambda item: str(item[0])):
             if not {lon, lat} <= set(map(str, values.dims)) or values.dtype.kind not in "fiu":
@@ -174,7 +178,7 @@ def _read_netcdf(path: Path, variables: Sequence[str] | None) -> Columns:
             elif others:
                 raise InputError(
                     f"climate.targets: {path}: {stem} has the dimension {others[0]} beside place and time; choose one of its "
-                    "values first"
+                    "values first, or leave it out by climate.variables"
                 )
             columns |= {key: one.transpose(lat, lon).to_numpy().reshape(-1) for key, one in found.items()}
         if variables is not None and not columns:

@@ -17,9 +17,11 @@ from copernicus.datasets.sensors import InputError
 from copernicus.datasets.shards import Problem
 from copernicus.platform.checkpoint import trained_language
 from copernicus.platform.embed import EmbedFailed, embed, open_images, sensors_of
-from copernicus.platform.embed_map import fill_map, write_map
+from copernicus.platform.embed_map import PIXELS, fill_map, write_map
 from copernicus.platform.embed_pictures import draw_components, draw_coverage
+from copernicus.platform.embed_worker import DONE, GRIDS, IMAGES
 from copernicus.platform.encoders import open_encoder
+from copernicus.platform.grid_means import GRIDS_FILE
 from copernicus.platform.language import language_warning, open_language, variables
 from copernicus.platform.progress import progress_bar, short_path
 from copernicus.platform.schema import Embed, Experiment, Model
@@ -109,6 +111,15 @@ def run_embed(
     return folder
 
 
+def product_files(folder: Path, formats: Sequence[str]) -> list[Path]:
+    """What a finished product consists of, its chunks by their manifests."""
+    chunks = [path.stem for path in sorted((folder / DONE).glob("chunk-*.json"))]
+    return [
+        *(folder / name for name in (GRIDS_FILE, SETTINGS_FILE, PIXELS)), *(folder / f"map.{name}" for name in formats),
+        *(folder / kind / f"{chunk}.parquet" for kind in (IMAGES, GRIDS) for chunk in chunks),
+    ]  # fmt: skip
+
+
 def merged_tables(path: Path) -> Iterator[pa.Table]:
     """The grid means of a product, a row group after the other."""
     with contextlib.closing(pq.ParquetFile(path)) as file:
@@ -139,8 +150,12 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Model]:
     try:
         described = json.loads(path.read_text())
         return described, Model(described["model"], **described["sizes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         raise InputError(
-            f"{folder} holds no finished embedding ({SETTINGS_FILE}); give the folder that `copernicus run` of an experiment with "
-            "an embed section has made"
+            f"{path} is not there, which says what encoder made these embeddings; run the experiment that made them again: it "
+            "writes what is missing"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}); remove it, and run the experiment that made it again"
         ) from None

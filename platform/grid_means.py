@@ -26,7 +26,10 @@ def grids_file(path: Path) -> Path:
     for candidate in (path, path / GRIDS_FILE, path / "embed" / GRIDS_FILE):
         if candidate.is_file():
             return candidate
-    raise InputError(f"{path} holds no {GRIDS_FILE}; give the folder that an embed stage has finished")
+    raise InputError(
+        f"{path} holds no {GRIDS_FILE}; give the folder that an embed stage has finished, or run that experiment again, which "
+        "writes what is missing"
+    )
 
 
 def grid_tables(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -86,7 +86,7 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
     state = State(folder)
     tracker = Tracker(experiment.tracking.uri, experiment.tracking.experiment, Path(experiment.output) / "artifacts")
     console.print(f"[bold]{experiment.name}[/] ({experiment.kind}) in {short_path(folder)}")
-    if state.get("done") and not maps_missing(experiment):
+    if state.get("done") and not product_missing(experiment):
         console.print("This experiment is finished; its results follow. [dim]--fresh runs it anew.[/]")
         _closing(experiment, state, tracker, console)
         return
@@ -99,6 +99,11 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
         with _stage("miniature", sections, seconds, console):
             make_miniature(experiment.miniature, console)
 
+    if "climate" in sections:
+        from copernicus.platform.climate_stage import check_climate
+
+        assert experiment.climate is not None
+        check_climate(experiment.climate)  # now, and not after hours of embedding
     tags = {"kind": experiment.kind, "experiment": experiment.name, "fingerprint": experiment.fingerprint}
     tags |= {"mlflow.source.git.commit": git_commit(), "git_commit": git_commit()}
     failed: dict[str, str] = {}
@@ -365,11 +370,13 @@ def _sweep(
     return run_sweep(experiment, settings, checkpoint, run_for, tracker, parent, console)
 
 
-def maps_missing(experiment: Experiment) -> list[str]:
-    """Formats of the map that are asked for and not there: they may be asked for after all else is done."""
+def product_missing(experiment: Experiment) -> bool:
+    """Whether files of the embedding product are not there: lost, or in a format that is asked for after all else is done."""
     if experiment.embed is None or experiment.kind not in ("embed", "pipeline"):
-        return []
-    return [name for name in experiment.embed.formats if not (experiment.folder / "embed" / f"map.{name}").exists()]
+        return False
+    from copernicus.platform.embed_stage import product_files
+
+    return not all(path.exists() for path in product_files(experiment.folder / "embed", experiment.embed.formats))
 
 
 def _embed(
@@ -383,7 +390,7 @@ def _embed(
 ) -> None:
     from copernicus.platform.embed_stage import run_embed
 
-    if state.get("embedded") and not maps_missing(experiment):
+    if state.get("embedded") and not product_missing(experiment):
         console.print(f"  done before: {short_path(experiment.folder / 'embed')}")
         return
     single = experiment.kind == "embed"

@@ -313,6 +313,8 @@ PUBLISHED: dict[str, Any] = {"require": "all", "metadata_drop": 0.0, "precision"
 CLIMATE_INPUTS = ("coordinates", "harmonics", "embeddings", "both")
 """What a climate probe regresses from: place as numbers, place as spherical harmonics (a strong baseline), embeddings, or
 coordinates and embeddings."""
+FEWEST = 50
+"""Cells with which a climate probe is worth its name: a fifth of them is the test part."""
 CLIMATE_SPLITS = ("random", "blocks")
 CLIMATE_SUFFIXES = (".nc", ".nc4", ".parquet")
 STAGES = ("pretrain", "sweep", "embed", "climate")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
@@ -74,6 +75,10 @@ def similar_command(
         InputError: no embeddings, no such place or image, or another encoder's width.
     """
     path = grids_file(where)
+    if out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or out.is_dir():
+        raise InputError(f"--out {out}: give a file that ends in .png (or .pdf, .svg, .jpg)")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: no folder {out.absolute().parent}; make it first")
     if sensor is not None and sensor not in SENSORS:
         raise InputError(f"--sensor: no {sensor!r}; valid choices: {', '.join(SENSORS)}")
     if (image is None) == (lon is None and lat is None):
@@ -116,6 +121,8 @@ def similar_command(
     allowed = np.ones(len(likeness), bool) if near is None else near > apart_km
     if own is not None:
         allowed[own] = False
+    if not allowed.any():
+        raise InputError(f"--apart {apart_km:g}: no cell is that far from the place")
     order = np.argsort(-np.where(allowed, likeness, -np.inf), kind="stable")[: min(count, int(allowed.sum()))]
     found = [
         Neighbour(int(all_grids[i]), float(lons[i]), float(lats[i]), float(likeness[i]), None if near is None else float(near[i]))
@@ -123,8 +130,8 @@ def similar_command(
     ]  # fmt: skip
     if sensor:
         title += f", {sensor} alone"
-    draw(all_grids, likeness, found, None if own is None else (float(lons[own]), float(lats[own])), title, out)
     console.print(_table(found, title))
+    draw(all_grids, likeness, found, None if own is None else (float(lons[own]), float(lats[own])), title, out)
     console.print(f"look at {short_path(out)}", soft_wrap=True)
     return found
 
@@ -147,7 +154,14 @@ def sensor_means(folder: Path, sensor: str) -> Iterator[tuple[np.ndarray, np.nda
     if not chunks:
         raise InputError(f"{folder} holds no embeddings of images ({IMAGES}/), which one sensor's would be taken from")
     for chunk in chunks:
-        table = pq.read_table(chunk, filters=[("modality", "=", sensor)])
+        try:
+            table = pq.read_table(
+                chunk, columns=["grid_id_coord", "modality", "embedding"], filters=[("modality", "=", sensor)]
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{chunk} cannot be read ({str(error).splitlines()[0][:120]}); remove it, and run the experiment that made it again"
+            ) from None
         if table.num_rows:
             keys = [ImageKey(name, sensor, None, None) for name in table["grid_id_coord"].to_pylist()]
             means = grid_means(keys, unpacked(table["embedding"]))

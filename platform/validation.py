@@ -24,6 +24,7 @@ from copernicus.platform.schema import (
     CLIMATE_INPUTS,
     CLIMATE_SPLITS,
     CLIMATE_SUFFIXES,
+    FEWEST,
     PROTOCOLS,
     QUICK,
     SCALES,
@@ -388,6 +389,8 @@ def _embed(check: Check, e: Experiment, m: Embed) -> None:
     check.language(f"{here}.language", m.encoder.language)
     _weights(check, e, here, m.encoder, chosen)
     check.choice("embed.precision", m.precision, ("float32", "bf16"))
+    if len(set(m.formats)) < len(m.formats):
+        raise check.wrong("embed.formats", f"has one twice: {m.formats}")
     for i, name in enumerate(m.formats):
         check.choice(f"embed.formats[{i}]", name, ("npz", "pt", "zarr"))
     for key in ("batch_size", "grids_per_chunk", "cpus_per_worker"):
@@ -422,6 +425,7 @@ def _climate(check: Check, e: Experiment, c: Climate) -> None:
         )
     if c.variables is not None and not c.variables:
         raise check.wrong("climate.variables", "empty: name some, or leave it out for all of them")
-    check.positive("climate.cells", c.cells)
+    if c.cells is not None and c.cells < FEWEST:
+        raise check.wrong("climate.cells", f"must be at least {FEWEST}, it is {c.cells}")
     if not 1 <= c.block_degrees <= 60:
         raise check.wrong("climate.block_degrees", f"must lie between 1 and 60, it is {c.block_degrees}")

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_embed_map import pixel_at
+from test_run import copernicus
 
 from copernicus.datasets.sensors import InputError
 from copernicus.datasets.shards import grid_name
@@ -246,6 +247,33 @@ def test_a_netcdf_that_is_none(content, tmp_path):
         open_targets(tmp_path / "t.nc")
 
 
+def test_a_netcdf_with_both_ends_months_and_a_truncated_one(tmp_path):
+    import xarray
+
+    lat, lon = np.arange(42, 39.9, -0.25), np.arange(0, 360.1, 0.25)
+    t = np.random.default_rng(0).standard_normal((12, len(lat), len(lon)))
+    t[..., -1] = t[..., 0]
+    data = xarray.Dataset(
+        {"t2m": (("time", "lat", "lon"), t)},
+        coords={"lat": lat, "lon": lon, "time": ("time", np.arange(12), {"units": "months since 1990-01-01"})},
+    )
+    data.to_netcdf(tmp_path / "t.nc", engine="scipy")
+    found = open_targets(tmp_path / "t.nc")
+    np.testing.assert_allclose(found.values[(*pixel_at(0.0, 42.0), 0)], t[:, 0, 0].mean(), rtol=1e-5)
+    whole = (tmp_path / "t.nc").read_bytes()
+    for size in (40, 200, len(whole) // 2):
+        (tmp_path / "cut.nc").write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"climate\.targets"):
+            open_targets(tmp_path / "cut.nc")
+
+
+def test_a_target_that_is_the_same_everywhere_tells_nothing(tmp_path):
+    lon, lat, value = square(0.0)
+    targets = open_targets(write(tmp_path / "t.parquet", lon, lat, v=value, land=np.ones(len(lon))))
+    with pytest.raises(InputError, match=r"land is 1 in every cell, and tells nothing"):
+        choose_cells(targets, None, None, 0)
+
+
 def test_a_region_of_few_blocks_is_not_split_by_them():
     rows, columns = (axis.ravel() for axis in np.mgrid[200:230, 700:730])
     cells = Cells(rows, columns, (rows + columns)[:, None].astype(np.float32))
@@ -340,3 +368,15 @@ def test_the_real_climatology_from_places_alone(real_data, tmp_path):
     with open(tmp_path / "climate.csv") as file:
         assert len(list(csv.DictReader(file))) == len(scores) == 2 * 2 * 2 * 2
     assert len(list(tables(scores, Climate(inputs=list(inputs))))) == 2
+
+
+def test_wrong_targets_leave_nothing_behind(tmp_path):
+    lon, lat, value = square(0.0)
+    write(tmp_path / "t.parquet", lon, lat, v=value)
+    (tmp_path / "c.yaml").write_text("name: c\nkind: climate\nclimate: {targets: t.parquet, inputs: [coordinates]}\n")
+    output = copernicus(tmp_path, "run", "c.yaml", "climate.variables=[rain]", code=2)
+    assert "climate.variables: t.parquet has no 'rain'; it has v" in output
+    assert len(output.strip().splitlines()) <= 3
+    output = copernicus(tmp_path, "run", "c.yaml", "climate.cells=10", code=2)
+    assert "climate.cells: must be at least 50, it is 10" in output
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["c.yaml", "t.parquet"]

@@ -44,7 +44,8 @@ from copernicus.platform.embed_worker import (
     write_chunk,
 )
 from copernicus.platform.grid_means import grid_tables
-from copernicus.platform.schema import Embed, Encoder, Model
+from copernicus.platform.run import product_missing
+from copernicus.platform.schema import Embed, Encoder, Experiment, Model
 
 MODEL = Model("copernicus_fm_base", embed_dim=32, depth=1, num_heads=4)
 SETTINGS = Embed(
@@ -227,6 +228,27 @@ def test_chunks_of_grids_without_an_image_are_empty(index, reader, encoder, tmp_
     chunk = write_chunk(encoder, plan, 0, [index[5]], 1)
     assert (chunk.images, chunk.grids, chunk.lost, chunk.empty) == (0, 0, 0, (grid_name(int(index[5].key)),))
     assert plan.done(0, [(index[5].key, index[5].stamp)]) == chunk
+
+
+def test_a_product_that_lost_a_file_is_not_taken_for_finished(tmp_path):
+    experiment = Experiment(
+        "globe", "embed", output=str(tmp_path), embed=dataclasses.replace(SETTINGS, formats=["npz"])
+    )
+    folder = experiment.folder / "embed"
+    names = ["grids.parquet", "embed.json", "grid_0_25_globe_pix.parquet", "map.npz", "done/chunk-000000.json",
+             "images/chunk-000000.parquet", "grids/chunk-000000.parquet"]  # fmt: skip
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    assert not product_missing(experiment)
+    more = dataclasses.replace(experiment, embed=dataclasses.replace(SETTINGS, formats=["npz", "zarr"]))
+    assert more.folder == experiment.folder
+    assert product_missing(more)
+    for name in names:
+        if not name.startswith("done"):
+            (folder / name).unlink()
+            assert product_missing(experiment), name
+            (folder / name).touch()
 
 
 # ---------------------------------------------------------------- what cannot be used

@@ -78,7 +78,7 @@ def test_distances_on_the_sphere():
 
 def test_an_image_is_encoded_as_the_cells_were(real_data, folder, tmp_path):
     (tile,) = (real_data / "copernicusfm_tile").glob("*.tif")
-    with pytest.raises(InputError, match=r"holds no finished embedding \(embed.json\)"):
+    with pytest.raises(InputError, match=r"embed.json is not there, which says what encoder made these"):
         find(folder, tmp_path, image=tile, sensor="s2_toa")
     made = {
         "model": "copernicus_fm_base", "sizes": {"embed_dim": 32, "depth": 1, "num_heads": 4}, "weights": "none", "seed": 0,
@@ -94,6 +94,9 @@ def test_an_image_is_encoded_as_the_cells_were(real_data, folder, tmp_path):
     [
         (["nowhere", "--lon", "1", "--lat", "2"], "nowhere holds no grids.parquet"),
         (["HERE"], "give either a place, --lon and --lat, or an image"),
+        (["HERE", "--lon", "1", "--lat", "2", "--out", "s.txt"], "--out s.txt: give a file that ends in .png"),
+        (["HERE", "--lon", "1", "--lat", "2", "--out", "no/s.png"], "--out no/s.png: no folder"),
+        (["HERE", "--lon", "1", "--lat", "2", "--apart", "99999"], "--apart 99999: no cell is that far"),
         (["HERE", "--lon", "1"], "--lon 1.0 --lat None: give both"),
         (["HERE", "--lon", "1", "--lat", "91"], "from -90 to 90"),
         (["HERE", "image.tif"], "--sensor: say which one took the image"),
@@ -107,3 +110,13 @@ def test_wrong_questions(folder, arguments, said, tmp_path, monkeypatch):
     assert isinstance(answer.exception, InputError)
     assert said in str(answer.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_chunk_is_named(folder, tmp_path):
+    for name in ("grids.parquet", "images/chunk-000000.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((folder / name).read_bytes()[: None if name == "grids.parquet" else 900])
+    with pytest.raises(
+        InputError, match=r"chunk-000000.parquet cannot be read .* run the experiment that made it again"
+    ):
+        find(tmp_path, tmp_path, lon=10.0, lat=40.0, sensor="dem")

@@ -108,7 +108,7 @@ def main() -> None:
 
             began = time.perf_counter()
             with ThreadPoolExecutor(readers) as pool:
-                count = sum(len(images) for images, _ in read_ahead(pool, reader, grids, readers + 1))
+                count = sum(len(images) for images, *_ in read_ahead(pool, reader, grids, readers + 1))
             return count, time.perf_counter() - began
 
         def public() -> tuple[int, float]:
