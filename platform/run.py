@@ -77,8 +77,18 @@ def run_experiment(experiment: Experiment, console: Console, fresh: bool = False
         with locked(folder):  # not away from under a process that works in it
             folder.rename(kept)
         console.print(f"Kept the earlier results in {short_path(kept)}")
+    if experiment.miniature is None and not folder.exists():
+        _check_targets(experiment)
     with locked(folder):
         _run(experiment, console, verbose, started)
+
+
+def _check_targets(experiment: Experiment) -> None:
+    """Find a wrong climatology now, and not after hours of embedding; a miniature's is there when that is made."""
+    if experiment.climate is not None and experiment.kind in ("climate", "pipeline"):
+        from copernicus.platform.climate_stage import check_climate
+
+        check_climate(experiment.climate)
 
 
 def _run(experiment: Experiment, console: Console, verbose: bool, started: float) -> None:
@@ -99,11 +109,8 @@ def _run(experiment: Experiment, console: Console, verbose: bool, started: float
         with _stage("miniature", sections, seconds, console):
             make_miniature(experiment.miniature, console)
 
-    if "climate" in sections:
-        from copernicus.platform.climate_stage import check_climate
-
-        assert experiment.climate is not None
-        check_climate(experiment.climate)  # now, and not after hours of embedding
+    if experiment.miniature is not None:
+        _check_targets(experiment)
     tags = {"kind": experiment.kind, "experiment": experiment.name, "fingerprint": experiment.fingerprint}
     tags |= {"mlflow.source.git.commit": git_commit(), "git_commit": git_commit()}
     failed: dict[str, str] = {}
