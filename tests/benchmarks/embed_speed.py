@@ -84,7 +84,7 @@ def main() -> None:
     given = parser.parse_args()
     cuda = given.device != "cpu"
     batch = given.batch or (64 if cuda else 8)
-    readers = given.readers or (12 if cuda else torch.get_num_threads())
+    readers = given.readers or (4 if cuda else torch.get_num_threads())
     few = given.public_images or (0 if cuda else 16)
     shape = Shape(embed_dim=given.width, depth=given.depth, num_heads=12)
     reader = DrawReader(tuple(SENSORS.values()), {n: s.image_size for n, s in SENSORS.items()}, augment=False)
