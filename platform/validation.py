@@ -389,6 +389,8 @@ def _embed(check: Check, e: Experiment, m: Embed) -> None:
     check.language(f"{here}.language", m.encoder.language)
     _weights(check, e, here, m.encoder, chosen)
     check.choice("embed.precision", m.precision, ("float32", "bf16"))
+    if "zarr" in m.formats and not check.elsewhere and importlib.util.find_spec("zarr") is None:
+        raise check.wrong("embed.formats", "zarr needs Python 3.11 or newer; leave it out, as in [npz, pt]")
     if len(set(m.formats)) < len(m.formats):
         raise check.wrong("embed.formats", f"has one twice: {m.formats}")
     for i, name in enumerate(m.formats):
