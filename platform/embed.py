@@ -187,6 +187,9 @@ def embed(
         for part in (folder / kind).glob(".*.part"):
             part.unlink(missing_ok=True)
     numbers = range(-(-len(index) // settings.grids_per_chunk))
+    for path in [path for kind in (IMAGES, GRIDS, DONE) for path in (folder / kind).glob("chunk-*")]:
+        if int(path.stem.removeprefix("chunk-")) >= len(numbers):  # of more grids than there are now
+            path.unlink()
     shards = index.table["shard"].to_numpy()[index.rows]
     grids = [(key, index.shards[shard].stamp) for key, shard in zip(index.keys, shards, strict=True)]
     chunks: dict[int, Chunk] = {}

@@ -28,7 +28,6 @@ from copernicus.datasets.shards import GRID_COLUMNS, GRID_DEGREES, GRID_ROWS, gr
 from copernicus.platform.embed_worker import unpacked
 
 NPZ, PT, ZARR, PIXELS = "map.npz", "map.pt", "map.zarr", "grid_0_25_globe_pix.parquet"
-FORMATS = ("npz", "pt", "zarr")
 BAND = 16
 """Rows that are written at once, and of a chunk of the Zarr array."""
 LATITUDE = 90 - GRID_DEGREES * np.arange(GRID_ROWS)
@@ -76,7 +75,7 @@ def fill_map(tables: Iterable[pa.Table], width: int, scratch: Path) -> GlobeMap:
 
 
 def write_map(globe: GlobeMap, folder: Path, formats: Iterable[str], update: Progress) -> list[Path]:
-    """Write the map in these of ``FORMATS`` and the parquet file that says which cell is which grid."""
+    """Write the map in these of ``MAP_FORMATS`` and the parquet file that says which cell is which grid."""
     writers = {"npz": (write_npz, NPZ), "pt": (write_pt, PT), "zarr": (write_zarr, ZARR)}
     chosen = [writers[name] for name in formats]
     written = []

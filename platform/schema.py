@@ -210,6 +210,9 @@ class Sweep:
     gpus_per_trial: float = 0.0
 
 
+MAP_FORMATS = ("npz", "pt", "zarr")
+
+
 @dataclass(frozen=True)
 class Embed:
     """Every image of the shards through a frozen encoder: a row an image, their mean a grid, the map of the globe.
@@ -227,7 +230,7 @@ class Embed:
     batch_size: int = 64  # images of one sensor
     precision: str = "float32"  # or bf16 (autocast)
     grids_per_chunk: int = 128  # what is lost with a worker; a parquet file each
-    formats: list[str] = field(default_factory=lambda: ["npz", "pt", "zarr"])  # of the map
+    formats: list[str] = field(default_factory=lambda: list(MAP_FORMATS))  # of the map
     workers: Optional[int] = None  # none: as many as the cluster has room for; 0: the driver itself
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0

@@ -25,6 +25,7 @@ from copernicus.platform.schema import (
     CLIMATE_SPLITS,
     CLIMATE_SUFFIXES,
     FEWEST,
+    MAP_FORMATS,
     PROTOCOLS,
     QUICK,
     SCALES,
@@ -394,7 +395,7 @@ def _embed(check: Check, e: Experiment, m: Embed) -> None:
     if len(set(m.formats)) < len(m.formats):
         raise check.wrong("embed.formats", f"has one twice: {m.formats}")
     for i, name in enumerate(m.formats):
-        check.choice(f"embed.formats[{i}]", name, ("npz", "pt", "zarr"))
+        check.choice(f"embed.formats[{i}]", name, MAP_FORMATS)
     for key in ("batch_size", "grids_per_chunk", "cpus_per_worker"):
         check.positive(f"embed.{key}", getattr(m, key))
     for key in ("workers", "gpus_per_worker"):

@@ -302,6 +302,10 @@ def test_shards_that_changed_are_embedded_anew(ray, encoder, tmp_path):
     whole = embed(chunked, encoder, index_shards(str(tmp_path / "shards")), tmp_path / "anew")
     assert whole.new == 112
     assert files(tmp_path / "out") == files(tmp_path / "anew")
+    (tmp_path / "shards" / "example-000001.tar").unlink()
+    fewer = embed(chunked, encoder, index_shards(str(tmp_path / "shards")), tmp_path / "out")
+    assert (fewer.images, fewer.new) == (56, 0)
+    assert {path.stem for path in (tmp_path / "out").glob("*/chunk-*")} == {"chunk-000000"}
 
 
 def test_what_the_index_found_wrong_is_named_and_limited(ray, encoder, tmp_path):

@@ -9,7 +9,6 @@ import torch
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.shards import grid_name
 from copernicus.platform.embed_map import (
-    FORMATS,
     LATITUDE,
     LONGITUDE,
     NPZ,
@@ -22,6 +21,7 @@ from copernicus.platform.embed_map import (
 )
 from copernicus.platform.embed_pictures import draw_components, draw_coverage, principal_components, spread
 from copernicus.platform.embed_worker import grid_schema, vectors
+from copernicus.platform.schema import MAP_FORMATS
 
 PLACES = {  # lon, lat -> row, column: counted by hand from the north-western corner
     (-180.0, 90.0): (0, 0),
@@ -58,7 +58,7 @@ def made(tmp_path_factory):
     numbers = [number(*place) for place in PLACES]
     table = means(numbers, values)
     globe = fill_map([table.slice(0, 4), table.slice(4)], WIDTH, folder / ".scratch")
-    write_map(globe, folder, FORMATS, lambda done, total, note: None)
+    write_map(globe, folder, MAP_FORMATS, lambda done, total, note: None)
     return folder, values.astype(np.float32)
 
 

@@ -53,7 +53,7 @@ def child(shards: Path, out: Path) -> None:
     from copernicus.datasets.sensors import SENSORS
     from copernicus.models.zoo import create_encoder
     from copernicus.platform.embed import embed
-    from copernicus.platform.embed_map import FORMATS, fill_map, write_map
+    from copernicus.platform.embed_map import fill_map, write_map
     from copernicus.platform.embed_pictures import draw_components, draw_coverage
     from copernicus.platform.embed_stage import merged_tables
     from copernicus.platform.schema import Embed
@@ -69,7 +69,7 @@ def child(shards: Path, out: Path) -> None:
         seconds = time.perf_counter() - began
         with Resident() as mapping:
             globe = fill_map(merged_tables(result.grids_file), result.width, out / ".scratch")
-            write_map(globe, out, FORMATS, lambda done, total, note: None)
+            write_map(globe, out, settings.formats, lambda done, total, note: None)
             draw_components(globe, "memory", out / "globe.png")
             draw_coverage(globe, "memory", out / "coverage.png")
     print(json.dumps([result.images, seconds, embedding.anonymous, embedding.files, mapping.anonymous, mapping.files]))
