@@ -39,7 +39,7 @@ def index_command(shards: Sequence[str], out: str | None, fresh: bool, console: 
         raise InputError(f"{path.partition('://')[0]}:// can only be read: say where the index goes, --out FILE")
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; say --out FILE")
-    with writing(path), ray_session(), progress_bar(console, "indexing") as update:
+    with writing(path), progress_bar(console, "indexing") as update:
         table = update_index(uris, path, update, fresh)
     index = to_index(table)
     console.print(summary(index))
@@ -119,7 +119,7 @@ def verify_command(places: Sequence[str], out: str, console: Console) -> int:
     if tasks:
         return _verify_bench(tasks, out, console)
     uris = expand(places)
-    with writing(out), ray_session(), progress_bar(console, "verifying") as update:
+    with writing(out), progress_bar(console, "verifying") as update:
         summary = verify_shards(uris, out, update)
     console.print(by_sensor(summary))
     if summary.faults or summary.notes:

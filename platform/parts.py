@@ -1,13 +1,14 @@
-"""A job over many shards as Ray Data tasks: what is done of a shard is kept until all is, so that an interrupted job goes
-on where it stopped."""
+"""A job over shards: as Ray Data tasks, or in this process where there is little to read. What is done of a shard is kept
+until all is, so that an interrupted job goes on where it stopped."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ import pyarrow.parquet as pq
 
 from copernicus.datasets.index import current_stamp
 from copernicus.datasets.storage import Stamp, write_bytes
+from copernicus.platform.session import ray_session
 
 Report = Callable[[float, float, str], None]
 """Called with shards done, shards in all, and a note."""
+FEW_SHARDS, FEW_BYTES = 16, 256 << 20
+"""So little is read before Ray would have started its processes."""
 
 
 class Parts:
@@ -28,7 +32,7 @@ class Parts:
 
     Args:
         path: of what the parts will make.
-        work: a shard's URI -> its rows, on a worker; a function that a worker can import.
+        work: a shard's URI -> its rows; a function that a worker can import.
         stamp: (rows, URI) -> the stamp of the shard when it was read, None where another reading might find more.
         problems: how many a shard's rows tell of, for the progress bar.
         readers_per_cpu: of shards in an object store; whoever waits for answers leaves the processor to others.
@@ -77,30 +81,43 @@ class Parts:
         if not todo:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for uri, data in self._read(todo):
-            write_bytes(self.path(uri), data)
-            done += 1
-            problems += self._problems(pq.read_table(io.BytesIO(data)))
-            report(done, total, _said(problems))
+        with contextlib.closing(self._here(todo) if _little(todo) else self._on_workers(todo)) as made:
+            for uri, data in made:
+                write_bytes(self.path(uri), data)
+                done += 1
+                problems += self._problems(pq.read_table(io.BytesIO(data)))
+                report(done, total, _said(problems))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read(self, uris: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    def _here(self, uris: Sequence[str]) -> Generator[tuple[str, bytes], None, None]:
+        for uri in uris:
+            yield uri, _part(uri, self._work)
+
+    def _on_workers(self, uris: Sequence[str]) -> Generator[tuple[str, bytes], None, None]:
         """Each shard's part, in any order."""
-        import ray
+        with ray_session():
+            import ray
 
-        from copernicus.platform.stream import quiet_context
+            from copernicus.platform.stream import quiet_context
 
-        quiet_context()
-        remote = any("://" in uri for uri in uris)
-        dataset = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=len(uris)).map_batches(
-            functools.partial(_make, work=self._work),
-            batch_size=None,
-            num_cpus=1 / self._readers_per_cpu if remote else 1,
-        )
-        for row in dataset.iter_rows():
-            yield row["uri"], row["part"]
+            quiet_context()
+            remote = any("://" in uri for uri in uris)
+            dataset = ray.data.from_items([{"uri": uri} for uri in uris], override_num_blocks=len(uris)).map_batches(
+                functools.partial(_make, work=self._work),
+                batch_size=None,
+                num_cpus=1 / self._readers_per_cpu if remote else 1,
+            )
+            for row in dataset.iter_rows():
+                yield row["uri"], row["part"]
+
+
+def _little(uris: Sequence[str]) -> bool:
+    """Not worth the start of Ray. What lies in a store is waited for, side by side."""
+    if len(uris) > FEW_SHARDS or any("://" in uri for uri in uris):
+        return False
+    return sum(stamp.size for stamp in current_stamps(uris) if stamp) <= FEW_BYTES
 
 
 def current_stamps(uris: Sequence[str]) -> list[Stamp | None]:
@@ -110,12 +127,13 @@ def current_stamps(uris: Sequence[str]) -> list[Stamp | None]:
 
 
 def _make(batch: dict[str, Any], work: Callable[[str], pa.Table]) -> dict[str, list[Any]]:
-    parts = []
-    for uri in batch["uri"]:
-        sink = io.BytesIO()
-        pq.write_table(work(str(uri)), sink, compression="zstd")
-        parts.append(sink.getvalue())
-    return {"uri": list(batch["uri"]), "part": parts}
+    return {"uri": list(batch["uri"]), "part": [_part(str(uri), work) for uri in batch["uri"]]}
+
+
+def _part(uri: str, work: Callable[[str], pa.Table]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(work(uri), sink, compression="zstd")
+    return sink.getvalue()
 
 
 def _said(problems: int) -> str:

@@ -14,6 +14,9 @@ from typing import Any
 LOUD_LOGGERS = ("ray", "ray.train", "ray.tune", "ray.data", "ray._private")
 LONGEST = 240
 """Characters of a message of Ray's."""
+KEPT = 4
+"""Idle processes that a local Ray keeps beyond one a CPU. Ray would end them after a second, and importing torch anew costs
+more than the next task."""
 
 
 def autoscales() -> bool:
@@ -42,7 +45,9 @@ def ray_session(verbose: bool = False) -> Iterator[dict[str, float]]:
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS")
     # Two logical CPUs at least: one worker and the reading of its data must fit even on a one-core machine.
-    local: dict[str, Any] = {} if address else {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
+    cpus = max(os.cpu_count() or 1, 2)
+    kept = {"num_workers_soft_limit": cpus + KEPT}
+    local: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False, "_system_config": kept}
     # Without RAY_ADDRESS Ray would join any cluster that somebody has started on this machine.
     with keeping_sigterm():
         ray.init(

@@ -35,6 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedCluste
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_hosts_are_apart_and_leave_nothing_behind(tmp_path):
     def links() -> set[str]:
         return {link["ifname"] for link in json.loads(subprocess.check_output(["ip", "-json", "link"]))}
@@ -69,6 +70,7 @@ def test_hosts_are_apart_and_leave_nothing_behind(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_a_submitted_pretraining_spans_both_nodes_and_ends_as_it_does_here(cluster, tmp_path):
     one_a_node = ["pretrain.cpus_per_worker=1.5", "pretrain.data_cpus=0.5"]  # nodes have two CPUs
@@ -121,6 +123,7 @@ def test_a_submitted_sweep_ends_as_it_does_here(cluster, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_the_doctor_looks_at_both_nodes(cluster):
     output = cluster.copernicus("doctor", "--cluster", str(cluster.file), SMOKE)
@@ -131,6 +134,7 @@ def test_the_doctor_looks_at_both_nodes(cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_nothing_but_ssh_is_offered_to_who_has_no_token(cluster):
     for port in (8265, 5000):
         with pytest.raises(ConnectionRefusedError):

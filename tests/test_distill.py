@@ -159,6 +159,7 @@ def train_workers() -> list[psutil.Process]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_run_ends_with_the_same_bits_and_another_teacher_is_refused(ray, teacher_folder, tmp_path):
     """Whether its features are computed or come from a cache that the killed run began to fill."""
     grids = (make_grid(i, ("s2_toa",) if i % 5 == 2 else ()) for i in range(24))

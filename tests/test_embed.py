@@ -384,6 +384,7 @@ def test_an_actor_opens_what_it_is_given(ray, index, encoder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_killed_it_goes_on_where_it_stopped_and_ends_with_the_same_bytes(shards, index, reader, tmp_path):
     """By Ctrl-C, and, gone on, by kill -9 of the driver and of the workers that it had."""
     sizes = ", ".join(f"{name}: {side}" for name, side in SIZES.items())

@@ -67,7 +67,7 @@ def test_a_store_that_cannot_be_written_is_refused_before_anything_is_read(monke
         data_jobs.index_command(["hf://datasets/a/b"], None, False, Console())
 
 
-def test_only_what_changed_is_read_again(ray, tmp_path):
+def test_only_what_changed_is_read_again(tmp_path):
     folder = tmp_path / "shards"
     small_shards(folder, 4)
     path = str(folder / "index.parquet")
@@ -88,7 +88,7 @@ def test_only_what_changed_is_read_again(ray, tmp_path):
     assert list(to_index(update_index(expand(str(folder)), path, watch))) == list(index_shards(str(folder)))
 
 
-def test_a_stale_index_next_to_the_shards_is_not_used(ray, tmp_path):
+def test_a_stale_index_next_to_the_shards_is_not_used(tmp_path):
     folder, keep = tmp_path / "shards", tmp_path / "keep"
     small_shards(folder, 3)
     shards = expand(str(folder))
@@ -102,7 +102,7 @@ def test_a_stale_index_next_to_the_shards_is_not_used(ray, tmp_path):
     assert stamps(read_index(str(made)))[shards[1]] != stamps(read_index(beside))[shards[1]]
 
 
-def test_a_vanished_shard_is_a_problem_by_name(ray, tmp_path):
+def test_a_vanished_shard_is_a_problem_by_name(tmp_path):
     shards = small_shards(tmp_path / "shards", 3)
     Path(shards[1]).unlink()
     index = to_index(update_index(shards, str(tmp_path / "index.parquet"), quiet))
@@ -155,7 +155,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_index(tmp_path):
     assert os.listdir(disk) == []
 
 
-def test_an_index_of_more_shards_serves_some_of_them_and_stays_as_it_is(ray, tmp_path):
+def test_an_index_of_more_shards_serves_some_of_them_and_stays_as_it_is(tmp_path):
     folder = tmp_path / "shards"
     shards = small_shards(folder, 4)
     update_index(shards, str(folder / "index.parquet"), quiet)
@@ -167,7 +167,7 @@ def test_an_index_of_more_shards_serves_some_of_them_and_stays_as_it_is(ray, tmp
     assert not (tmp_path / "keep").exists()
 
 
-def test_another_file_of_that_name_next_to_the_shards_does_not_stop_a_run(ray, tmp_path):
+def test_another_file_of_that_name_next_to_the_shards_does_not_stop_a_run(tmp_path):
     shards = small_shards(tmp_path / "shards", 2)
     (tmp_path / "shards" / "index.parquet").write_text("someone else's")
     assert len(open_index(shards, None, tmp_path / "keep", quiet)) == 2

@@ -38,6 +38,7 @@ def trials(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_an_interrupted_search_is_resumed(tmp_path):
     """By Ctrl-C, and, gone on, by kill -9."""
     write_miniature(tmp_path / "planet", 2, 0, "tiny", tasks=["eurosat_s2"])
@@ -82,6 +83,7 @@ def test_an_interrupted_search_is_resumed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_tracking_server_that_is_away_costs_no_trial(tmp_path):
     """It dies when the first trial is finished, and comes back when all are."""
     write_miniature(tmp_path / "planet", 2, 0, "tiny", tasks=["eurosat_s2"])

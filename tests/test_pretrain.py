@@ -35,7 +35,7 @@ from copernicus.platform.objective import (
     freeze_unreached,
     weigh,
 )
-from copernicus.platform.pretrain import PretrainFailed, check_resources, pretrain
+from copernicus.platform.pretrain import PretrainFailed, check_resources, offset_warning, pretrain
 from copernicus.platform.pretrain_worker import backward, split, written
 from copernicus.platform.schema import Model, Pretrain
 from copernicus.platform.to_device import tensors
@@ -360,9 +360,9 @@ def test_an_empty_folder_is_wrong_input(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("baseline", "warned"), [(None, True), ("05.09", False)])
-def test_raw_geotiffs_train_and_an_unknown_offset_is_said(ray, tmp_path, baseline, warned):
-    write_raw(tmp_path / "raw", 6, s2_baseline=baseline)
+def test_raw_geotiffs_train_and_an_unknown_offset_is_said(ray, tmp_path):
+    write_raw(tmp_path / "raw", 6, s2_baseline=None)
+    write_raw(tmp_path / "known", 2, s2_baseline="05.09")
     sensors = ["s2_toa", "dem", "s5p_no2"]
     chosen = settings(tmp_path, sensors=sensors, epochs=1, val_fraction=0.0, batch_size=2)
     chosen = dataclasses.replace(chosen, shards=[], geotiffs=str(tmp_path / "raw"))
@@ -373,7 +373,8 @@ def test_raw_geotiffs_train_and_an_unknown_offset_is_said(ray, tmp_path, baselin
     layout = read_layout(tmp_path / "raw")
     assert result.skipped == ()
     assert result.samples == sum(bool(set(sensors) & set(layout.grid(key).images)) for key in layout.keys)
-    assert ("do not tell their processing baseline" in plans[0].warning) == warned
+    assert "do not tell their processing baseline" in plans[0].warning
+    assert not offset_warning(read_layout(tmp_path / "known"), chosen)
 
 
 def test_problems_count_by_grid():

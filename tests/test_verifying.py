@@ -18,6 +18,7 @@ from test_slices import members
 from copernicus.datasets.sensors import SENSORS
 from copernicus.datasets.storage import open_file, read_bytes
 from copernicus.datasets.verify import SCHEMA, to_table, verify_shard
+from copernicus.platform import parts as job
 from copernicus.platform.verifying import Summary, _parts, _stamp, verified, verify_shards
 
 FEW = tuple(name for name in SENSORS if name not in ("s5p_co", "s5p_o3"))
@@ -80,11 +81,24 @@ def test_wrong_input_gives_code_2_and_leaves_nothing(tmp_path):
     assert (tmp_path / "example-000000.tar").read_bytes() == before
 
 
+def test_many_shards_are_read_by_workers_and_give_the_same(ray, tmp_path, monkeypatch):
+    paths = [str(p) for p in sound_shards(tmp_path, 4, 2, FEW)]
+    verify_shards(paths, str(tmp_path / "here.parquet"), quiet)
+    monkeypatch.setattr(job, "FEW_SHARDS", 1)
+    verify_shards(paths, str(tmp_path / "there.parquet"), quiet)
+    assert (tmp_path / "here.parquet").read_bytes() == (tmp_path / "there.parquet").read_bytes()
+    monkeypatch.undo()
+    assert job._little(paths)
+    assert not job._little(paths * 9), "too many"
+    monkeypatch.setattr(job, "FEW_BYTES", sum(Path(path).stat().st_size for path in paths) - 1)
+    assert not job._little(paths), "too large"
+
+
 def quiet(done: float, total: float, note: str) -> None:
     """No progress bar."""
 
 
-def test_a_shard_that_vanished_is_a_row_of_its_own(ray, tmp_path):
+def test_a_shard_that_vanished_is_a_row_of_its_own(tmp_path):
     paths = [str(p) for p in sound_shards(tmp_path, 3, 1, FEW)]
     Path(paths[1]).unlink()
     summary = verify_shards(paths, str(tmp_path / "report.parquet"), quiet)
@@ -144,7 +158,7 @@ def test_killed_it_goes_on_where_it_stopped_and_reports_the_same(ray, tmp_path):
     assert not parts.exists()
 
 
-def test_what_was_kept_of_a_shard_that_changed_is_not_used(ray, tmp_path):
+def test_what_was_kept_of_a_shard_that_changed_is_not_used(tmp_path):
     paths = [str(p) for p in sound_shards(tmp_path / "shards", 2, 1, FEW)]
     report = tmp_path / "report.parquet"
     parts = Path(f"{report}.parts")
