@@ -106,11 +106,11 @@ def convert_raw(
             markup=False,
         )
         if left:
-            with ray_session(verbose) as resources:
-                try:
+            try:
+                with ray_session(verbose) as resources:
                     _convert(left, out, settings, verify, max(1, int(resources.get("CPU", 1))), console)
-                finally:
-                    clear_leftovers(out)
+            finally:
+                clear_leftovers(out)  # workers that the end of the session stopped have no time for it
         manifest = _finish(units, out, begun)
     _report(manifest, out, console)
     return manifest
@@ -184,28 +184,20 @@ def _convert(units: Sequence[Unit], out: Path, settings: Settings, verify: bool,
     running: dict[Any, Unit] = {}
     waiting = iter(units)
     done = grids = 0
-    try:
-        with progress_bar(console, "converting") as update:
-            while True:
-                # Few at a time: their arguments, the units' lists of images, need not all be in Ray's store.
-                while len(running) < 2 * cpus and (unit := next(waiting, None)) is not None:
-                    running[task.remote(unit, out, settings, verify)] = unit
-                update(done, len(units), f"{grids} grids")
-                if not running:
-                    return
-                for reference in ray.wait(list(running), timeout=1)[0]:
-                    unit = running.pop(reference)
-                    grids += _result(reference, unit)
-                    if finished(unit, out) is None:
-                        raise ConvertFailed(f"{unit.name} is not in {out}; it must be one folder for all nodes")
-                    done += 1
-    except BaseException:
-        # They clear up behind themselves, given the time.
-        with contextlib.suppress(Exception):
-            for reference in running:
-                ray.cancel(reference)
-            ray.wait(list(running), num_returns=len(running), timeout=10)
-        raise
+    with progress_bar(console, "converting") as update:
+        while True:
+            # Few at a time: their arguments, the units' lists of images, need not all be in Ray's store.
+            while len(running) < 2 * cpus and (unit := next(waiting, None)) is not None:
+                running[task.remote(unit, out, settings, verify)] = unit
+            update(done, len(units), f"{grids} grids")
+            if not running:
+                return
+            for reference in ray.wait(list(running), timeout=1)[0]:
+                unit = running.pop(reference)
+                grids += _result(reference, unit)
+                if finished(unit, out) is None:
+                    raise ConvertFailed(f"{unit.name} is not in {out}; it must be one folder for all nodes")
+                done += 1
 
 
 def _result(reference: Any, unit: Unit) -> int:

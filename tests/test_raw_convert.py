@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RAW_SIZES
+from test_run import copernicus, refused
 
 from copernicus.datasets import raw_shards
 from copernicus.datasets.chunks import find_chunks
@@ -32,13 +33,8 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "copernicus.platform.cli", "data", "convert", *map(str, arguments), *SIZES]
 
 
-def convert(*arguments: str | Path, code: int = 0) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    done = subprocess.run(
-        command(*arguments), env=environment, capture_output=True, text=True, timeout=540, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def convert(*arguments: str | Path) -> str:
+    return copernicus(Path.cwd(), "data", "convert", *map(str, arguments), *SIZES)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -242,7 +238,7 @@ def test_a_shard_that_does_not_fit_leaves_nothing(raw, tmp_path, share):
 # ---------------------------------------------------------------- the command
 
 
-def test_the_command(raw, tmp_path):
+def test_the_command(raw, tmp_path, monkeypatch, capsys):
     folder, grids = raw
     out = tmp_path / "out"
     output = convert(folder, "--out", out, "--grids-per-shard", "2")
@@ -262,12 +258,14 @@ def test_the_command(raw, tmp_path):
     assert contents(out) == found
     # Another source or other settings.
     for change in (["--grids-per-shard", "3"], ["--grids-per-shard", "2", "--s2-offset", "0"]):
-        said = convert(folder, "--out", out, *change, code=2)
-        assert "was begun with" in said
+        assert "was begun with" in refused(
+            monkeypatch, capsys, "data", "convert", folder, "--out", out, *change, *SIZES
+        )
     assert contents(out) == found
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    assert "was begun with source" in convert(copy, "--out", out, "--grids-per-shard", "2", code=2)
+    said = refused(monkeypatch, capsys, "data", "convert", copy, "--out", out, "--grids-per-shard", "2", *SIZES)
+    assert "was begun with source" in said
 
 
 @pytest.mark.parametrize(
@@ -286,8 +284,6 @@ def test_the_command(raw, tmp_path):
     ],
 )
 def test_wrong_input(raw, tmp_path, monkeypatch, capsys, arguments, says):
-    from copernicus.platform.cli import main
-
     for name in ("empty", "full", "moved"):
         (tmp_path / name).mkdir()
     (tmp_path / "raw").symlink_to(raw[0])
@@ -296,11 +292,7 @@ def test_wrong_input(raw, tmp_path, monkeypatch, capsys, arguments, says):
     before = contents(tmp_path)
     monkeypatch.chdir(tmp_path)
     out = [] if "--out" in arguments else ["--out", "out"]
-    monkeypatch.setattr(sys, "argv", ["copernicus", "data", "convert", *arguments, *out])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    said = capsys.readouterr().err
-    assert exit_.value.code == 2, said
+    said = refused(monkeypatch, capsys, "data", "convert", *arguments, *out)
     assert says in said
     assert said.count("\n") == 1
     assert contents(tmp_path) == before

@@ -35,6 +35,18 @@ def copernicus(folder: Path, *arguments: str, code: int = 0) -> str:
     return output
 
 
+def refused(monkeypatch, capsys, *arguments: object) -> str:
+    """What the command, called in this process and its working directory, says of wrong input."""
+    from copernicus.platform.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["copernicus", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2, said
+    return said
+
+
 def runs(folder: Path) -> dict[str, dict]:
     from copernicus.platform.tracking import Tracker
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from job_server import FakeJobs, job_server
 from rich.console import Console
+from test_run import interruptible
 from test_secrets import HUB
 
 from copernicus.datasets.sensors import InputError
@@ -389,7 +390,9 @@ def test_stop_waits_until_the_job_has_ended(state, server, monkeypatch):
 
 def test_ctrl_c_leaves_the_job_running(state, server, sweep):
     command = [sys.executable, "-m", "copernicus.platform.cli", "submit", str(sweep), "--address", server.address]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=sweep.parent)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=sweep.parent, preexec_fn=interruptible
+    )
     try:
         while not any(path.endswith("/tail") for _, path in state.requests):
             assert process.poll() is None, process.stdout.read()

@@ -183,7 +183,7 @@ def test_a_cell_whose_process_dies_is_begun_again(settings, tmp_path):
 @pytest.mark.slow
 def test_a_trial_whose_process_dies_is_run_again(settings, tmp_path):
     """Both in the search, where Tune starts it, and among the seeds."""
-    chosen = dataclasses.replace(settings, encoders={"good": settings.encoders["good"]}, trials=1, seeds=1, epochs=300)
+    chosen = dataclasses.replace(settings, encoders={"good": settings.encoders["good"]}, trials=1, seeds=1, epochs=2000)
     killed: list[int] = []
     over = threading.Event()
 

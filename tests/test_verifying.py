@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from shard_faults import change_array, sound_grid, sound_shards, write_tar
-from test_run import command, copernicus
+from test_run import command, copernicus, refused
 from test_slices import members
 
 from copernicus.datasets.sensors import SENSORS
@@ -69,13 +69,14 @@ def test_faults_give_code_1_and_are_named(tmp_path):
     ])  # fmt: skip
 
 
-def test_wrong_input_gives_code_2_and_leaves_nothing(tmp_path):
+def test_wrong_input_gives_code_2_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert "does not exist" in copernicus(tmp_path, "data", "verify", "nowhere.tar", code=2)
     sound_shards(tmp_path, 1, 1, FEW)
-    assert "no such folder" in copernicus(tmp_path, "data", "verify", ".", "--out", "none/report.parquet", code=2)
-    assert "is a folder" in copernicus(tmp_path, "data", "verify", ".", "--out", ".", code=2)
+    assert "no such folder" in refused(monkeypatch, capsys, "data", "verify", ".", "--out", "none/report.parquet")
+    assert "is a folder" in refused(monkeypatch, capsys, "data", "verify", ".", "--out", ".")
     before = (tmp_path / "example-000000.tar").read_bytes()
-    output = copernicus(tmp_path, "data", "verify", ".", "--out", "example-000000.tar", code=2)
+    output = refused(monkeypatch, capsys, "data", "verify", ".", "--out", "example-000000.tar")
     assert "no report of `copernicus data verify`" in output
     assert [p.name for p in tmp_path.iterdir()] == ["example-000000.tar"]
     assert (tmp_path / "example-000000.tar").read_bytes() == before
