@@ -229,13 +229,16 @@ def _workplace(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear_leftovers(out: Path) -> None:
-    """Removes what killed processes left behind: half-written files and unpacked archives."""
-    for path in [*out.glob(".*.part-*"), *out.glob("manifest/.*.part-*")]:
+def clear_leftovers(out: Path) -> int:
+    """Removes what killed processes left behind: half-written files, and unpacked archives that no process holds any more.
+    Returns how many there were, those that are held among them."""
+    parts, folders = [*out.glob(".*.part-*"), *out.glob("manifest/.*.part-*")], list(out.glob(".work/*"))
+    for path in parts:
         path.unlink(missing_ok=True)
-    for folder in out.glob(".work/*"):
+    for folder in folders:
         with contextlib.suppress(OSError), open(folder / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # absent, or another process is at work in it
         (out / ".work").rmdir()
+    return len(parts) + len(folders)

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -109,11 +110,21 @@ def convert_raw(
             try:
                 with ray_session(verbose) as resources:
                     _convert(left, out, settings, verify, max(1, int(resources.get("CPU", 1))), console)
-            finally:
-                clear_leftovers(out)  # workers that the end of the session stopped have no time for it
+            except BaseException:
+                _clear(out)
+                raise
         manifest = _finish(units, out, begun)
     _report(manifest, out, console)
     return manifest
+
+
+def _clear(out: Path) -> None:
+    """Workers that the end of a session stops clear nothing up, and live a moment longer."""
+    deadline = time.monotonic() + 10
+    while True:
+        time.sleep(0.5)
+        if not clear_leftovers(out) or time.monotonic() > deadline:
+            return
 
 
 def _plan(source: Path, fnames: Path | None, settings: Settings) -> tuple[list[Unit], dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""The index of the shards, as a Ray Data job where they are many: resumed where it stopped, and never used for shards that have changed."""
+"""The index of the shards (`parts.py` says where they are read): resumed where it stopped, and never used for shards that
+have changed."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from copernicus.platform.session import ray_session
 Report = Callable[[float, float, str], None]
 """Called with shards done, shards in all, and a note."""
 FEW_SHARDS, FEW_BYTES = 16, 256 << 20
-"""So little is read before Ray would have started its processes."""
+"""So little is read here, where a session is open, too: a worker takes longer to start."""
 
 
 class Parts:

@@ -1,4 +1,4 @@
-"""Verification of the shards, as a Ray Data job where they are many, its report and what it comes to."""
+"""Verification of the shards (`parts.py` says where they are read), its report and what it comes to."""
 
 from __future__ import annotations
 

@@ -294,6 +294,7 @@ def fit(board, folder: Path, plan: list[str], workers: int = 1, **more) -> tuple
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_more_failures_than_allowed_in_a_row_in_all(board, tmp_path):
     told, stopped = fit(board, tmp_path, ["step raise", "step die", "step raise", "step"], max_failures=1)
     assert stopped is None
@@ -304,6 +305,7 @@ def test_more_failures_than_allowed_in_a_row_in_all(board, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_run_that_cannot_work_is_stopped(board, tmp_path):
     told, stopped = fit(board, tmp_path, ["step raise", "raise", "never"], max_failures=1)
     assert len(told) == 1
@@ -314,6 +316,7 @@ def test_a_run_that_cannot_work_is_stopped(board, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_cluster_too_small_ends_the_run(board, tmp_path):
     told, stopped = fit(board, tmp_path, ["never"], workers=3, max_failures=1, room_s=7)
     assert len(told) == 1

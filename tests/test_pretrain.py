@@ -22,6 +22,7 @@ from copernicus.datasets.index import index_shards
 from copernicus.datasets.miniature.raw import write_raw
 from copernicus.datasets.order import Order
 from copernicus.datasets.raw import read_layout
+from copernicus.datasets.raw_index import unknown_offsets
 from copernicus.datasets.sensors import SENSORS, InputError
 from copernicus.datasets.slices import DrawReader
 from copernicus.models import create_model, load_weights
@@ -374,7 +375,9 @@ def test_raw_geotiffs_train_and_an_unknown_offset_is_said(ray, tmp_path):
     assert result.skipped == ()
     assert result.samples == sum(bool(set(sensors) & set(layout.grid(key).images)) for key in layout.keys)
     assert "do not tell their processing baseline" in plans[0].warning
-    assert not offset_warning(read_layout(tmp_path / "known"), chosen)
+    known = read_layout(tmp_path / "known")
+    unknown, looked = unknown_offsets(known)
+    assert (unknown, looked > 0, offset_warning(known, chosen)) == (0, True, "")
 
 
 def test_problems_count_by_grid():

@@ -138,15 +138,12 @@ def logged(tmp_path, monkeypatch):
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("weights", artifact_location=(tmp_path / "artifacts").as_uri())
     run = client.create_run(experiment).info.run_id
     (tmp_path / "w.pth").write_bytes(WEIGHTS)
     client.log_artifact(run, str(tmp_path / "w.pth"), "checkpoint")
-    yield uri, run, client
-    mlflow.set_tracking_uri(before)
+    return uri, run, client
 
 
 def test_artifacts_of_a_local_store(logged, tmp_path):
@@ -182,7 +179,7 @@ def test_artifacts_of_a_server(tmp_path, monkeypatch):
         str(tmp_path / "a"),
     ]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    before, uri = mlflow.get_tracking_uri(), f"http://127.0.0.1:{port}"
+    uri = f"http://127.0.0.1:{port}"
     with open(tmp_path / "log", "wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path)
     try:
@@ -192,7 +189,7 @@ def test_artifacts_of_a_server(tmp_path, monkeypatch):
                 break
             except OSError:
                 time.sleep(0.2)
-        mlflow.set_tracking_uri(uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         client = mlflow.MlflowClient(uri)
         run = client.create_run(client.create_experiment("weights")).info
@@ -206,7 +203,6 @@ def test_artifacts_of_a_server(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="MLFLOW_TRACKING_URI"), local_file(f"runs:/{run.run_id}/w.pth"):
             pass
     finally:
-        mlflow.set_tracking_uri(before)
         if server.poll() is None:
             server.kill()
             server.wait()

@@ -82,16 +82,29 @@ def test_wrong_input_gives_code_2_and_leaves_nothing(tmp_path, monkeypatch, caps
     assert (tmp_path / "example-000000.tar").read_bytes() == before
 
 
-def test_many_shards_are_read_by_workers_and_give_the_same(ray, tmp_path, monkeypatch):
-    paths = [str(p) for p in sound_shards(tmp_path, 4, 2, FEW)]
+def test_many_shards_are_read_by_workers_and_give_the_same(tmp_path, monkeypatch):
+    import ray
+
+    paths = [str(p) for p in sound_shards(tmp_path, 4, 1, FEW)]
+    Path(paths[2]).unlink()
     verify_shards(paths, str(tmp_path / "here.parquet"), quiet)
     monkeypatch.setattr(job, "FEW_SHARDS", 1)
+    monkeypatch.delattr(job.Parts, "_here")
+
+    def full(done: float, total: float, note: str) -> None:
+        if done:
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        verify_shards(paths, str(tmp_path / "there.parquet"), full)
+    assert not ray.is_initialized()
     verify_shards(paths, str(tmp_path / "there.parquet"), quiet)
+    assert not ray.is_initialized()
     assert (tmp_path / "here.parquet").read_bytes() == (tmp_path / "there.parquet").read_bytes()
     monkeypatch.undo()
     assert job._little(paths)
     assert not job._little(paths * 9), "too many"
-    monkeypatch.setattr(job, "FEW_BYTES", sum(Path(path).stat().st_size for path in paths) - 1)
+    monkeypatch.setattr(job, "FEW_BYTES", Path(paths[0]).stat().st_size)
     assert not job._little(paths), "too large"
 
 
