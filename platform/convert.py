@@ -62,7 +62,8 @@ def convert_raw(
     verify: bool = False,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Converts a raw layout, or what is left of it, and prints what came of it.
+    """Converts a raw layout, or what is left of it, and prints what came of it. After an exception its workers end with its
+    Ray session; in one that was open before they go on.
 
     Args:
         source: a folder with ``.tar.zst`` archives, or one of folders of images. With ``fnames``, the latter.

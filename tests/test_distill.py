@@ -119,6 +119,7 @@ def test_the_column_is_the_distillation_loss_of_the_normalised_image(teacher_fol
         )
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_its_teacher(ray, shards, teacher_folder, tmp_path, monkeypatch):
     """A relative path, two ranks, a cache; the checkpoint has the student's projection and says which teacher it was."""
     monkeypatch.chdir(teacher_folder.parent)

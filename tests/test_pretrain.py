@@ -190,6 +190,7 @@ def run(chosen: Pretrain, folder: Path, on_plan=lambda *_: None, recorded: bool 
     return pretrain(chosen, 0, folder, on_metrics, lambda *_: None, on_plan), rows
 
 
+@pytest.mark.slow
 def test_a_published_run_trains_on_whole_grids_with_the_published_loss(ray, shards, tmp_path):
     """The first step's loss against the model's own sum over sensors (which goldens pin), fed by hand."""
     given = settings(
@@ -248,6 +249,7 @@ def test_a_run_learns_and_its_checkpoint_loads(trained):
     assert len(kept) == 2, "keep_checkpoints"
 
 
+@pytest.mark.slow
 def test_figures_that_a_driver_had_not_recorded_when_it_ended_come_again(trained):
     """Its checkpoint is of the last step: no step is trained again."""
     chosen, folder, result, rows, _ = trained

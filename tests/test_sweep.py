@@ -91,6 +91,7 @@ def test_the_best_by_validation_is_repeated_and_only_then_tested(swept):
     assert tried[0] == tried[1], "encoders are tried with the same settings"
 
 
+@pytest.mark.slow
 def test_cells_side_by_side_run_their_own_trials(swept, settings, tmp_path):
     """The same figures as one after the other: Ray keeps functions by name, for all processes of a job."""
     _, beside, _, _ = swept
