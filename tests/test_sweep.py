@@ -193,7 +193,7 @@ def test_a_trial_whose_process_dies_is_run_again(settings, tmp_path):
         while not over.is_set() and names:
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if names[0] not in process.cmdline()[0]:
+                    if names[0] not in "".join(process.cmdline()):
                         continue
                     spent = process.cpu_times().user
                     if spent > begun.setdefault(process.pid, spent) + 0.2:
