@@ -1,7 +1,7 @@
 """From the command to the first training step, and where the time goes.
 
 python tests/benchmarks/start_latency.py                              `copernicus run` here, four times; about three minutes
-python tests/benchmarks/start_latency.py --submit http://127.0.0.1:8265   as a job of that cluster
+RAY_AUTH_MODE=token python tests/benchmarks/start_latency.py --submit http://127.0.0.1:8265   as a job of that cluster
 
 The command runs unchanged, in a folder of its own, beside notes of when it and its workers come to certain places
 (starting/sitecustomize.py). The first run also writes the miniature Earth and is not counted. A job's workers must see this
