@@ -46,8 +46,10 @@ def ray_session(verbose: bool = False) -> Iterator[dict[str, float]]:
     address = os.environ.get("RAY_ADDRESS")
     # Two logical CPUs at least: one worker and the reading of its data must fit even on a one-core machine.
     cpus = max(os.cpu_count() or 1, 2)
-    local: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
-    os.environ.setdefault("RAY_num_workers_soft_limit", str(cpus + KEPT))
+    local: dict[str, Any] = {}
+    if not address:
+        local = {"num_cpus": cpus, "include_dashboard": False}
+        os.environ.setdefault("RAY_num_workers_soft_limit", str(cpus + KEPT))  # read by the processes that it starts
     # Without RAY_ADDRESS Ray would join any cluster that somebody has started on this machine.
     with keeping_sigterm():
         ray.init(
